@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,20 +110,46 @@ class CAMGenerator(nn.Module, ABC):
         Raises:
             DataError: If an image is not uint8 RGB, or its labels are empty, repeated or unknown.
         """
+        maps: dict[int, ClassCAMs] = {}
+        for members, _, found in self.stream(images, labels):
+            maps.update(zip(members, found, strict=True))
+        return [maps[index] for index in range(len(images))]
+
+    def stream(
+        self,
+        images: Sequence[ImageArray | Image.Image],
+        labels: Sequence[Sequence[int]],
+        *,
+        resized: Sequence[ImageArray] | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[tuple[list[int], EncodedImages, list[ClassCAMs]]]:
+        """Encode images of equal grid together and localise them, a batch at a time.
+
+        Args:
+            images: As decoded.
+            labels: Foreground ids of each.
+            resized: The images on a patch multiple, where a data loader has done :meth:`CLIPEncoder.resize` already.
+            batch_size: At most so many images at once; all of a grid if None.
+
+        Yields:
+            Positions in ``images``, what the encoder made of those images, and their maps.
+
+        Raises:
+            DataError: If an image is not uint8 RGB, or its labels are empty, repeated or unknown.
+        """
         if len(images) != len(labels):
             raise DataError(f"{len(images)} images but {len(labels)} label lists")
         arrays = [as_rgb(image) for image in images]
         ids = [self.check_labels(one) for one in labels]
-        resized = [self.encoder.resize(array) for array in arrays]
+        pixels = [self.encoder.resize(array) for array in arrays] if resized is None else resized
         groups: dict[tuple[int, ...], list[int]] = {}
-        for index, pixels in enumerate(resized):
-            groups.setdefault(pixels.shape, []).append(index)
-        maps: dict[int, ClassCAMs] = {}
-        for members in groups.values():
-            encoded = self.encoder.encode(np.stack([resized[index] for index in members]))
-            found = self.localise([arrays[i] for i in members], encoded, [ids[i] for i in members])
-            maps.update(zip(members, found, strict=True))
-        return [maps[index] for index in range(len(images))]
+        for index, array in enumerate(pixels):
+            groups.setdefault(array.shape, []).append(index)
+        for group in groups.values():
+            for start in range(0, len(group), batch_size or len(group)):
+                members = group[start : start + (batch_size or len(group))]
+                encoded = self.encoder.encode(np.stack([pixels[i] for i in members]))
+                yield members, encoded, self.localise([arrays[i] for i in members], encoded, [ids[i] for i in members])
 
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """Return labels as ``(K,)`` int64 on the generator's device.
