@@ -1,0 +1,60 @@
+"""``fit``, ``validate``, ``test`` and ``predict`` as a LightningCLI."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+import vpl_lightning.data  # noqa: F401  (short class names in YAML resolve to what is imported)
+from vpl_lightning.data import SegmentationDataModule
+from vpl_lightning.errors import ConfigurationError
+from vpl_lightning.method import fit_method
+from vpl_lightning.tasks import SegmentationTask
+
+
+class VPLCLI(LightningCLI):
+    """Runs the whole method on ``fit``; the other subcommands are Lightning's own."""
+
+    def fit(self, model: SegmentationTask, datamodule: SegmentationDataModule, **options: Any) -> None:
+        """Run every stage that the model asks for, reusing what an earlier run left whole and valid."""
+        fit_method(model, datamodule, self.trainer, new_trainer=self.instantiate_trainer, **options)
+
+    def before_test(self) -> None:
+        """Refuse to score random weights."""
+        self._require_checkpoint("test")
+
+    def before_validate(self) -> None:
+        """Refuse to score random weights."""
+        self._require_checkpoint("validate")
+
+    def before_predict(self) -> None:
+        """Refuse to predict with random weights."""
+        self._require_checkpoint("predict")
+
+    def _require_checkpoint(self, command: str) -> None:
+        options = self.config[command]
+        if options.get("ckpt_path") is None:
+            options["ckpt_path"] = self.config_init[command]["ckpt_path"] = str(self.model.latest_checkpoint(self.trainer))
+
+
+def run_trainer(args: ArgsType) -> None:
+    """Run one of Lightning's subcommands."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_advertisement)
+    VPLCLI(
+        SegmentationTask,
+        SegmentationDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"use_distributed_sampler": False, "inference_mode": False},
+        parser_kwargs={"prog": "vpl"},
+        args=args,
+    )
+
+
+def _is_not_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
