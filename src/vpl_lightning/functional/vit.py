@@ -18,6 +18,20 @@ Activation = Literal["quick_gelu", "gelu"]
 QUICK_GELU_SLOPE = 1.702
 """Slope of the sigmoid in OpenAI's QuickGELU, ``x * sigmoid(1.702 x)``."""
 
+PARAMETERS = {
+    "in_weight": "attn.in_proj_weight",
+    "in_bias": "attn.in_proj_bias",
+    "out_weight": "attn.out_proj.weight",
+    "out_bias": "attn.out_proj.bias",
+    "fc_weight": "mlp.c_fc.weight",
+    "fc_bias": "mlp.c_fc.bias",
+    "proj_weight": "mlp.c_proj.weight",
+    "proj_bias": "mlp.c_proj.bias",
+}
+"""Names of a block's matrices and biases, the same in OpenAI's code, its forks and open_clip."""
+NORMS = ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")
+"""Names of a block's other parameters."""
+
 
 class NormWeights(NamedTuple):
     """Affine layer normalisation."""
@@ -121,7 +135,8 @@ def trace_block(
     if normed is None:
         normed = layer_norm(inputs, block.norm_1)
     query, key, value = (
-        split_heads(part, block.heads) for part in F.linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
+        split_heads(part, block.heads)
+        for part in F.linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
     )
     attention = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
     mixed = attention @ value
@@ -130,7 +145,59 @@ def trace_block(
     return BlockTrace(inputs, normed, query, key, value, attention, mixed, middle, outputs)
 
 
-def block_weights(block: Any, *, heads: int | None = None, activation: Activation | None = None) -> BlockWeights:
+def forward_block(inputs: Float[Tensor, "B T V"], block: BlockWeights) -> Float[Tensor, "B T V"]:
+    """Run one block without keeping its attention.
+
+    The residual stream and the norms stay float32; products run in the type of the block's matrices.
+    """
+    query, key, value = _heads(inputs, block)
+    return _finish(inputs, F.scaled_dot_product_attention(query, key, value), block)
+
+
+def forward_block_with_attention(
+    inputs: Float[Tensor, "B T V"], block: BlockWeights
+) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T T"]]:
+    """Run one block and return its attention averaged over the heads, rows queries, float32.
+
+    One head at a time: the maps of all heads never exist together, which saves memory and, on a CPU, time.
+    """
+    query, key, value = _heads(inputs, block)
+    scale = query.shape[-1] ** -0.5
+    total = inputs.new_zeros(inputs.shape[0], inputs.shape[1], inputs.shape[1], dtype=torch.float32)
+    mixed = torch.empty_like(value)
+    for head in range(block.heads):
+        scores = query[:, head] * scale @ key[:, head].transpose(-2, -1)
+        attention = scores.softmax(-1, dtype=torch.float32)
+        total += attention
+        mixed[:, head] = attention.to(value.dtype) @ value[:, head]
+    return _finish(inputs, mixed, block), total / block.heads
+
+
+def _heads(inputs: Tensor, block: BlockWeights) -> list[Tensor]:
+    normed = layer_norm(inputs, block.norm_1).to(block.in_weight.dtype)
+    parts = F.linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
+    return [split_heads(part, block.heads) for part in parts]
+
+
+def _finish(inputs: Tensor, mixed: Tensor, block: BlockWeights) -> Tensor:
+    middle = inputs + F.linear(merge_heads(mixed), block.out_weight, block.out_bias)
+    return middle + mlp(layer_norm(middle, block.norm_2).to(block.fc_weight.dtype), block)
+
+
+def cast_block(block: BlockWeights, dtype: torch.dtype) -> BlockWeights:
+    """Return the block with its matrices and biases in another type and its norms in float32."""
+    values = block._asdict()
+    for name, value in values.items():
+        if isinstance(value, NormWeights):
+            values[name] = NormWeights(value.weight.float(), value.bias.float(), value.eps)
+        elif isinstance(value, Tensor):
+            values[name] = value.to(dtype)
+    return BlockWeights(**values)
+
+
+def block_weights(
+    block: Any, *, heads: int | None = None, activation: Activation | None = None
+) -> BlockWeights:
     """Read the weights of an OpenAI-style or open_clip residual attention block.
 
     Args:
@@ -140,31 +207,38 @@ def block_weights(block: Any, *, heads: int | None = None, activation: Activatio
         activation: Read from the class name of ``block.mlp.gelu`` unless given.
 
     Raises:
-        AttributeError: If the block has other parts.
-        ValueError: If it has parts that this arithmetic leaves out (layer scale, normalised queries).
+        AttributeError: If the block lacks a parameter.
+        ValueError: If it has parameters that this arithmetic leaves out (layer scale, normalised queries), an unknown
+            activation, or a width that the heads do not divide.
     """
-    for part in ("ls_1", "ls_2"):
-        if not isinstance(getattr(block, part, torch.nn.Identity()), torch.nn.Identity):
-            raise ValueError(f"the block has a {part} (layer scale), which CLIP's blocks do not have")
-    names = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
-    found = type(block.mlp.gelu).__name__
-    if activation is None and found not in names:
-        raise ValueError(f"unknown activation {found} in the block; pass activation='quick_gelu' or 'gelu'")
-    attention = block.attn
+    parameters = dict(block.named_parameters())
+    names = [*PARAMETERS.values(), *NORMS]
+    missing = [name for name in names if name not in parameters]
+    if missing:
+        raise AttributeError(f"the block has no parameter {', '.join(missing)}")
+    extra = sorted(set(parameters) - set(names))
+    if extra:
+        raise ValueError(f"the block has {', '.join(extra)}, which CLIP's blocks do not have")
+    values = {key: parameters[name] for key, name in PARAMETERS.items()}
+    heads = heads or int(block.attn.num_heads)
+    if values["out_weight"].shape[0] % heads:
+        raise ValueError(f"a width of {values['out_weight'].shape[0]} cannot be cut into {heads} heads")
     return BlockWeights(
         norm_1=norm_weights(block.ln_1),
-        in_weight=attention.in_proj_weight,
-        in_bias=attention.in_proj_bias,
-        out_weight=attention.out_proj.weight,
-        out_bias=attention.out_proj.bias,
         norm_2=norm_weights(block.ln_2),
-        fc_weight=block.mlp.c_fc.weight,
-        fc_bias=block.mlp.c_fc.bias,
-        proj_weight=block.mlp.c_proj.weight,
-        proj_bias=block.mlp.c_proj.bias,
-        heads=heads or int(attention.num_heads),
-        activation=activation or names[found],  # type: ignore[arg-type]
+        heads=heads,
+        activation=activation or _activation_name(block.mlp.gelu),
+        **values,
     )
+
+
+def _activation_name(module: Any) -> Activation:
+    name = type(module).__name__
+    if name == "QuickGELU":
+        return "quick_gelu"
+    if name == "GELU" and getattr(module, "approximate", "none") == "none":
+        return "gelu"
+    raise ValueError(f"unknown activation {module} in the block; pass quick_gelu=True or False")
 
 
 def norm_weights(norm: Any) -> NormWeights:

@@ -1,0 +1,36 @@
+"""From decoded images to what CLIP sees: size, scale, statistics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from vpl_lightning.structures import ImageArray
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of the RGB channels in [0, 1], OpenAI's CLIP."""
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of the RGB channels in [0, 1], OpenAI's CLIP."""
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Return ``(h, w)`` in patches of an image, each side rounded up (CLIP-ES ``generate_cams_voc12.py``)."""
+    return math.ceil(height / patch_size), math.ceil(width / patch_size)
+
+
+def resize_to_patches(image: ImageArray, patch_size: int) -> ImageArray:
+    """Resize an image so that each side is a patch multiple, rounded up; the aspect ratio may change a little.
+
+    PIL's antialiased bicubic filter on the decoded bytes, as CLIP-ES does before it normalises. Needs no encoder, so
+    that data-loader workers can call it.
+
+    Returns:
+        A new array, a copy when the size fits already.
+    """
+    h, w = patch_grid(*image.shape[:2], patch_size)
+    size = (w * patch_size, h * patch_size)
+    if size == (image.shape[1], image.shape[0]):
+        return image.copy()
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)).copy()
