@@ -1,0 +1,89 @@
+"""Localisation maps on their own grid, a few kB an image, where CLIP-ES keeps them at image size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float16, Int64
+
+from vpl_lightning.artifacts.atomic import atomic_write
+from vpl_lightning.errors import DataError
+
+_KEY = "vpl_lightning"
+_SIZE = "size"
+
+
+class PatchMaps(NamedTuple):
+    """What a file of maps holds, half precision."""
+
+    classes: Int64[np.ndarray, " K"]
+    """0-based foreground ids."""
+    cams: Float16[np.ndarray, "K h w"]
+    """Class activation maps on the patch grid."""
+    affinity: Float16[np.ndarray, "K r s"]
+    """Maps after class-aware attention affinity."""
+    size: tuple[int, int]
+    """``(H, W)`` of the image."""
+
+
+def write_maps(
+    path: str | Path,
+    *,
+    classes: Int64[np.ndarray, " K"],
+    cams: Float[np.ndarray, "K h w"],
+    affinity: Float[np.ndarray, "K r s"],
+    size: tuple[int, int],
+    fingerprint: str | None = None,
+) -> None:
+    """Write the maps of one image as safetensors, whole or not at all, rounded to half precision."""
+    from safetensors.numpy import save
+
+    tensors: dict[str, np.ndarray] = {
+        "classes": np.ascontiguousarray(classes, np.int64),
+        "cams": np.ascontiguousarray(cams, np.float16),
+        "affinity": np.ascontiguousarray(affinity, np.float16),
+    }
+    metadata = {_SIZE: f"{size[0]} {size[1]}"} | ({} if fingerprint is None else {_KEY: fingerprint})
+    atomic_write(path, save(tensors, metadata=metadata))
+
+
+def read_maps(path: str | Path) -> PatchMaps:
+    """Read the maps of one image.
+
+    Raises:
+        DataError: If the file is missing, damaged or something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+        height, width = (int(side) for side in _metadata(Path(path))[_SIZE].split())
+        return PatchMaps(tensors["classes"], tensors["cams"], tensors["affinity"], (height, width))
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise DataError(f"{path}: not a file of localisation maps ({error!r})") from error
+
+
+def maps_fingerprint(path: str | Path) -> str | None:
+    """Return the fingerprint in a file of maps; None if there is no whole file or none in it."""
+    try:
+        return _metadata(Path(path)).get(_KEY)
+    except (OSError, ValueError):
+        return None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Read the header of a safetensors file, whose tensors must end where the file ends."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("cut short")
+        header: dict[str, Any] = json.loads(file.read(length))
+    metadata: dict[str, str] = header.pop("__metadata__", {})
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if path.stat().st_size != 8 + length + end:
+        raise ValueError("cut short")
+    return metadata
