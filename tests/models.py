@@ -24,8 +24,8 @@ def tiny_clip(
 ) -> CLIP:
     """Return an open_clip CLIP with reproducible random weights, in eval mode and float32.
 
-    Every parameter is random, biases and norms included, so that no term of a formula can hide behind a zero or a
-    one. The text tower has width 64, one head and two blocks; the tokenizer is open_clip's own.
+    Every parameter is random, biases and norms included, so that no term of a formula can hide behind a zero
+    or a one. The text tower has width 64, one head and two blocks; the tokenizer is open_clip's own.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

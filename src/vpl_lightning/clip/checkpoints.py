@@ -1,4 +1,4 @@
-"""Reads the tensors of a CLIP checkpoint from whatever container they came in, and what the container tells of them."""
+"""Reads the tensors of a CLIP checkpoint from its container, and what the container tells of them."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Nothing is unpickled but tensors (``weights_only``), and no code of the file is run.
 
-    The activation is known from, in this order: a TorchScript archive's own code; the marker scalars of OpenAI's state
-    dicts; the metadata of a safetensors file; an ``open_clip_config.json`` beside the file; the order of the keys
-    (OpenAI's blocks register ``attn`` before ``ln_1``, open_clip's the other way, and only OpenAI's order tells).
+    The activation is known from, in this order: a TorchScript archive's own code; the marker scalars of
+    OpenAI's state dicts; the metadata of a safetensors file; an ``open_clip_config.json`` beside the file;
+    the order of the keys (OpenAI's blocks register ``attn`` before ``ln_1``, open_clip's the other way, and
+    only OpenAI's order tells).
 
     Raises:
         WeightsError: If the file is missing or is none of these.
@@ -102,8 +103,8 @@ def _expand_tokens(path: Path, state: dict[str, Tensor], told: Mapping[str, str]
         or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary)
     ):
         raise WeightsError(
-            f"{path}: the token table of {tuple(ids.shape)} ids and {tuple(rows.shape)} rows does not fit the "
-            f"vocab_size {vocabulary} of the metadata"
+            f"{path}: the token table of {tuple(ids.shape)} ids and {tuple(rows.shape)} rows does not fit "
+            f"the vocab_size {vocabulary} of the metadata"
         )
     state["token_embedding.weight"] = rows.new_zeros(vocabulary, rows.shape[1]).index_copy(0, ids, rows)
     return state
@@ -138,7 +139,8 @@ def _read_state_dict(path: Path) -> Checkpoint:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(
-            f"{path} cannot be read as a state dict: {str(error).splitlines()[0]}; save the model's state_dict() alone"
+            f"{path} cannot be read as a state dict: {str(error).splitlines()[0]}; "
+            "save the model's state_dict() alone"
         ) from error
     for key in NESTED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):

@@ -34,7 +34,7 @@ class ClassSet:
     foreground: tuple[str, ...]
     """Names of the N classes."""
     prompts: tuple[str, ...]
-    """Text that fills the templates, one a class; synonyms sit in one text ("person with clothes,people,human")."""
+    """Text that fills the templates, one a class; synonyms sit in one text ("backpack,bag")."""
     background: tuple[str, ...]
     """The M words that compete with the classes in the softmax. Empty is allowed, for ablations."""
     templates: tuple[str, ...]
@@ -43,33 +43,24 @@ class ClassSet:
     """CLIP-ES's lambda: fraction of the map's maximum above which a patch counts for the affinity's boxes."""
 
     def __post_init__(self) -> None:
+        """Refuse what cannot be a class set."""
         where = f"class set '{self.name}'"
         for key in ("foreground", "prompts", "background", "templates"):
             object.__setattr__(self, key, _texts(getattr(self, key), key, where))
-        if not self.foreground:
-            raise ConfigurationError(f"{where}: foreground is empty; list at least one class")
-        if not self.templates:
-            raise ConfigurationError(f"{where}: templates is empty; name one, such as {DEFAULT_TEMPLATES}")
+        for key in ("foreground", "templates"):
+            if not getattr(self, key):
+                raise ConfigurationError(f"{where}: {key} is empty; give at least one")
         for key in ("foreground", "background"):
             repeated = _repeated(getattr(self, key))
             if repeated:
                 raise ConfigurationError(f"{where}: {key} names {', '.join(repeated)} twice; keep one")
         if len(self.prompts) != len(self.foreground):
             raise ConfigurationError(
-                f"{where}: prompts has {len(self.prompts)} texts for {len(self.foreground)} foreground classes; "
-                "give one a class, or leave it out to use the names"
+                f"{where}: prompts has {len(self.prompts)} texts for {len(self.foreground)} foreground "
+                "classes; give one a class, or leave it out to use the names"
             )
-        for template in self.templates:
-            if template.count(SLOT) != 1:
-                raise ConfigurationError(
-                    f"{where}: templates holds {template!r}; write {SLOT} once where the class goes"
-                )
-        if isinstance(self.box_threshold, bool) or not isinstance(self.box_threshold, (int, float)):
-            raise ConfigurationError(
-                f"{where}: box_threshold is {self.box_threshold!r}; give a number from 0 to 1"
-            )
-        if not 0 <= self.box_threshold < 1:
-            raise ConfigurationError(f"{where}: box_threshold is {self.box_threshold}; choose one in [0, 1)")
+        _check_templates(self.templates, where)
+        _check_threshold(self.box_threshold, where)
 
     @property
     def num_classes(self) -> int:
@@ -80,10 +71,11 @@ class ClassSet:
     def from_yaml(cls, path: str | Path) -> ClassSet:
         """Read a class set that a user wrote.
 
-        Only ``foreground`` is required. ``prompts`` is a list, one text a class; ``synonyms`` maps some classes to
-        their text instead (a list of synonyms becomes one text, as in CLIP-ES). ``background`` is a list of words or
-        the name of a shipped set whose words are borrowed, without those that name one of the classes; VOC's are
-        borrowed when it is left out. ``templates`` is a name or a list; ``variants`` maps names to further synonyms.
+        Only ``foreground`` is required. ``prompts`` is a list, one text a class; ``synonyms`` maps some
+        classes to their text instead (a list of synonyms becomes one text, as in CLIP-ES). ``background`` is
+        a list of words or the name of a shipped set whose words are borrowed, without those that name one of
+        the classes; VOC's are borrowed when it is left out. ``templates`` is a name or a list; ``variants``
+        maps names to further synonyms.
 
         Raises:
             ConfigurationError: Names the file, the key, the value and the fix.
@@ -147,7 +139,8 @@ def class_set(value: str | ClassSet) -> ClassSet:
 
     Args:
         value: The name of a shipped set (``voc``, ``coco``, ``shapes``), a name with a variant
-            (``coco:clip_es_verbatim``: CLIP-ES's own spelling "sknowboard"), the path of a YAML file, or a class set.
+            (``coco:clip_es_verbatim``: CLIP-ES's own spelling "sknowboard"), the path of a YAML file, or a
+            class set.
 
     Raises:
         ConfigurationError: If it is none of these; lists what there is.
@@ -160,7 +153,8 @@ def class_set(value: str | ClassSet) -> ClassSet:
     known = shipped_class_sets()
     if name not in known:
         raise ConfigurationError(
-            f"classes: '{value}' is neither a shipped class set ({', '.join(known)}) nor a YAML file that exists"
+            f"classes: '{value}' is neither a shipped class set ({', '.join(known)}) nor a YAML file that "
+            "exists"
         )
     return ClassSet.from_dict(
         _read_yaml(SHIPPED / f"{name}.yaml"), variant=variant, where=f"class set '{name}'"
@@ -185,7 +179,8 @@ def templates(value: str | Iterable[str]) -> tuple[str, ...]:
     named = named_templates()
     if value not in named:
         raise ConfigurationError(
-            f"templates: '{value}' is unknown; choose one of {', '.join(named)}, or write a sentence with {SLOT}"
+            f"templates: '{value}' is unknown; choose one of {', '.join(named)}, or write a sentence with "
+            f"{SLOT}"
         )
     return named[value]
 
@@ -230,7 +225,8 @@ def _background(value: Any, taken: set[str], where: str) -> tuple[str, ...]:
         return _texts(value, "background", where)
     if value not in shipped_class_sets():
         raise ConfigurationError(
-            f"{where}: background is '{value}'; list the words, or borrow those of {', '.join(shipped_class_sets())}"
+            f"{where}: background is '{value}'; list the words, or borrow those of "
+            f"{', '.join(shipped_class_sets())}"
         )
     words = _texts(_read_yaml(SHIPPED / f"{value}.yaml")["background"], "background", value)
     return tuple(word for word in words if word not in taken)
@@ -250,6 +246,20 @@ def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
         if not isinstance(text, str) or not text.strip():
             raise ConfigurationError(f"{where}: {key} holds {text!r}, which is not a text; put it in quotes")
     return texts
+
+
+def _check_templates(values: tuple[str, ...], where: str) -> None:
+    for template in values:
+        if template.count(SLOT) != 1:
+            raise ConfigurationError(
+                f"{where}: templates holds {template!r}; write {SLOT} once where the class goes"
+            )
+
+
+def _check_threshold(value: object, where: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:  # type: ignore[operator]
+        raise ConfigurationError(f"{where}: box_threshold is {value!r}; choose a number in [0, 1)")
 
 
 def _repeated(texts: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vpl_lightning.clip import weights
 from vpl_lightning.clip.class_sets import ClassSet
 from vpl_lightning.clip.geometry import read_geometry
-from vpl_lightning.clip.preprocess import CLIP_MEAN, CLIP_STD, resize_to_patches
+from vpl_lightning.clip.preprocess import CLIP_MEAN, CLIP_STD, normalise_pixels, resize_to_patches
 from vpl_lightning.clip.text import (
     Tokenizer,
     average_templates,
@@ -23,13 +23,12 @@ from vpl_lightning.clip.text import (
     embed_texts,
     fill_templates,
 )
-from vpl_lightning.clip.tower import VisionTower
+from vpl_lightning.clip.tower import DenseKind, VisionTower
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional import vit
 from vpl_lightning.structures import EncodedImages, ImageArray
 
 Precision = Literal["float32", "bfloat16", "float16"]
-DenseKind = Literal["value", "final", "penultimate"]
 Images = UInt8[np.ndarray, "B H W 3"] | UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,20 +39,29 @@ ATTENTION_BLOCKS = 8
 class CLIPEncoder(nn.Module):
     """Wraps a CLIP with a vision transformer; reads its parameters and does the arithmetic itself.
 
-    Takes the model over: its parameters become float32 and frozen, and it stays in eval mode. At the native size the
-    pooled output equals the model's own; for other sizes the position embedding is resized as CLIP-ES does.
+    Takes the model over: its parameters become float32 and frozen, and it stays in eval mode. At the native
+    size the pooled output equals the model's own; for other sizes the position embedding is resized as
+    CLIP-ES does.
 
     Args:
-        model: An open_clip or OpenAI-style CLIP object (CLIP-ES's fork included). Its stem ``visual.conv1`` may be any
-            module that maps ``(B, 3, H, W)`` to ``(B, V, h, w)``.
+        model: An open_clip or OpenAI-style CLIP object (CLIP-ES's fork included). Its stem ``visual.conv1``
+            may be any module that maps ``(B, 3, H, W)`` to ``(B, V, h, w)``.
         patch_size: Pixels a patch; read from the stem's ``patch_size`` or ``stride`` unless given.
         heads: Attention heads; read from the blocks unless given.
         quick_gelu: Whether the vision blocks use QuickGELU; read from the blocks unless given.
         attention_blocks: Last blocks whose attention the affinity averages (CLIP-ES: 8); at most the depth.
-        precision: Arithmetic of the matrix products before the last block. Residual stream, norms, softmax of kept
-            attention, last block, pooled feature and text tower are float32: CLIP-ES's fp16 gradients underflow.
+        precision: Arithmetic of the matrix products before the last block. Residual stream, norms, softmax of
+            kept attention, last block, pooled feature and text tower are float32: CLIP-ES's fp16 gradients
+            underflow.
         tokenizer: Texts to token ids; open_clip's byte-pair tokenizer unless given.
         half_positions: Round a resized position embedding through float16, as CLIP-ES does.
+
+    Attributes:
+        patch_size: Pixels a patch.
+        width: V, width of the vision transformer.
+        joint_width: D, width of the joint image-text space.
+        depth: Blocks of the vision transformer.
+        mean: Of the RGB channels in [0, 1], as the model was trained; ``std`` likewise.
 
     Raises:
         ConfigurationError: If the model is no CLIP with a plain vision transformer, or a setting is wrong.
@@ -71,21 +79,27 @@ class CLIPEncoder(nn.Module):
         tokenizer: Tokenizer | None = None,
         half_positions: bool = True,
     ) -> None:
+        """Check the model, then freeze it."""
         super().__init__()
         if precision not in DTYPES:
             raise ConfigurationError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
         if attention_blocks < 1:
             raise ConfigurationError(f"attention_blocks is {attention_blocks}; it must be at least 1")
-        self.geometry = read_geometry(model, patch_size=patch_size, heads=heads, quick_gelu=quick_gelu)
+        geometry = read_geometry(model, patch_size=patch_size, heads=heads, quick_gelu=quick_gelu)
+        self.geometry = geometry
+        self.patch_size = geometry.patch_size
+        self.width = geometry.width
+        self.joint_width = geometry.joint_width
+        self.depth = geometry.depth
         self.model: Any = model.float().requires_grad_(False).eval()
-        self.attention_blocks = min(attention_blocks, self.geometry.depth)
+        self.attention_blocks = min(attention_blocks, geometry.depth)
         self.precision: Precision = precision
         self.half_positions = half_positions
         self.tokenizer = tokenizer
         self.mean: tuple[float, ...] = tuple(getattr(self.model.visual, "image_mean", None) or CLIP_MEAN)
         self.std: tuple[float, ...] = tuple(getattr(self.model.visual, "image_std", None) or CLIP_STD)
         self._tower = VisionTower(
-            self.model.visual, self.geometry, dtype=DTYPES[precision], half_positions=half_positions
+            self.model.visual, geometry, dtype=DTYPES[precision], half_positions=half_positions
         )
         self._fingerprint = ""
 
@@ -121,45 +135,21 @@ class CLIPEncoder(nn.Module):
 
         Args:
             name: Such as ``ViT-B-16-quickgelu``.
-            pretrained: A tag such as ``openai``, which open_clip downloads, or a local file. None leaves the weights
-                random, with a warning.
+            pretrained: A tag such as ``openai``, which open_clip downloads, or a local file. None leaves the
+                weights random, with a warning.
             options: Further arguments of the constructor.
 
         Raises:
-            WeightsError: If the name or tag is unknown, the tag was trained with another activation than the name
-                builds (``ViT-B-16`` with ``openai``), or the weights cannot be had.
+            WeightsError: If the name or tag is unknown, the tag was trained with another activation than the
+                name builds (``ViT-B-16`` with ``openai``), or the weights cannot be had.
         """
         model, tokenizer = weights.load_open_clip(name, pretrained)
         return cls(model, **{"tokenizer": tokenizer, **options})
 
     @classmethod
     def embedded(cls, **options: Any) -> CLIPEncoder:
-        """Load the tiny CLIP of drawn scenes that the package carries.
-
-        Args:
-            options: Further arguments of the constructor.
-        """
+        """Load the tiny CLIP of drawn scenes that the package carries; ``options`` as the constructor's."""
         return cls.from_checkpoint(weights.EMBEDDED, **options)
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels a patch."""
-        return self.geometry.patch_size
-
-    @property
-    def width(self) -> int:
-        """V, width of the vision transformer."""
-        return self.geometry.width
-
-    @property
-    def joint_width(self) -> int:
-        """D, width of the joint image-text space."""
-        return self.geometry.joint_width
-
-    @property
-    def depth(self) -> int:
-        """Blocks of the vision transformer."""
-        return self.geometry.depth
 
     @property
     def device(self) -> torch.device:
@@ -192,15 +182,10 @@ class CLIPEncoder(nn.Module):
         The same for the same weights from whatever container, on whatever device.
         """
         if not self._fingerprint:
-            settings = (
-                self.geometry,
-                self.attention_blocks,
-                self.precision,
-                self.half_positions,
-                self.mean,
-                self.std,
+            settings = (self.geometry, self.attention_blocks, self.precision, self.half_positions)
+            self._fingerprint = weights.fingerprint(
+                self.model.state_dict(), repr((*settings, self.mean, self.std))
             )
-            self._fingerprint = weights.fingerprint(self.model.state_dict(), repr(settings))
         return self._fingerprint
 
     def resize(self, image: ImageArray) -> ImageArray:
@@ -211,10 +196,7 @@ class CLIPEncoder(nn.Module):
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Tensor, "B 3 H W"]
     ) -> Float[Tensor, "B 3 H W"]:
         """Scale bytes to [0, 1], then by the encoder's own mean and standard deviation, on its device."""
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
-        pixels = pixels.to(self.device).float() / 255
-        mean, std = (pixels.new_tensor(part)[:, None, None] for part in (self.mean, self.std))
-        return (pixels - mean) / std
+        return normalise_pixels(images, self.mean, self.std, self.device)
 
     def encode(self, images: Images) -> EncodedImages:
         """Run every block but the last.
@@ -223,8 +205,8 @@ class CLIPEncoder(nn.Module):
             images: uint8, or floats that are normalised already; each side a patch multiple (:meth:`resize`).
 
         Returns:
-            Float32 tokens, and the sum of the head-averaged attention of the ``attention_blocks - 1`` blocks before
-            the last; its rows sum to ``attention_blocks - 1``.
+            Float32 tokens, and the sum of the head-averaged attention of the ``attention_blocks - 1`` blocks
+            before the last; its rows sum to ``attention_blocks - 1``.
 
         Raises:
             DataError: If a side is no patch multiple.
@@ -235,19 +217,16 @@ class CLIPEncoder(nn.Module):
         return EncodedImages(tokens, attention, self.attention_blocks, grid)
 
     def hidden(self, images: Images) -> list[Float[Tensor, "B V h w"]]:
-        """Return the patch tokens after each block but the last, first block first, float32 without gradient.
-
-        Args:
-            images: As :meth:`encode` takes them.
-        """
+        """Return the float32 patch tokens after each block but the last, first block first."""
         with self._frozen_arithmetic():
             tokens, grid = self._tower.embed(self._pixels(images))
-            return [out[:, 1:].transpose(1, 2).unflatten(-1, grid) for out in self._tower.run(tokens)]
+            outputs = self._tower.run(tokens)
+            return [out[:, 1:].transpose(1, 2).reshape(len(out), -1, *grid) for out in outputs]
 
     def trace(self, tokens: Float[Tensor, "B T V"]) -> vit.BlockTrace:
         """Run the last block in float32 and keep its intermediate values; differentiable in ``tokens``."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return vit.trace_block(tokens.float(), self.last_block)
+            return self._tower.trace(tokens)
 
     def dense(
         self,
@@ -259,9 +238,9 @@ class CLIPEncoder(nn.Module):
 
         Args:
             encoded: The result of :meth:`encode`, or its tokens.
-            kind: ``value``: the last block's value path alone (MaskCLIP), the part that Grad-CAM at ``ln_1`` sees;
-                ``final``: its output tokens; ``penultimate``: the tokens that enter it. Each through ``ln_post`` and
-                the projection.
+            kind: ``value``: the last block's value path alone (MaskCLIP), the part that Grad-CAM at ``ln_1``
+                sees; ``final``: its output tokens; ``penultimate``: the tokens that enter it. Each through
+                ``ln_post`` and the projection.
             trace: :meth:`trace` of the same tokens, if at hand.
 
         Returns:
@@ -272,21 +251,14 @@ class CLIPEncoder(nn.Module):
         """
         tokens = encoded.tokens if isinstance(encoded, EncodedImages) else encoded
         with self._frozen_arithmetic():
-            if kind == "penultimate":
-                return vit.dense_features(tokens, self.head)
-            trace = trace or self.trace(tokens)
-            if kind == "value":
-                return vit.dense_features(vit.value_path(trace, self.last_block), self.head)
-            if kind == "final":
-                return vit.dense_features(trace.outputs, self.head)
-        raise ConfigurationError(f"dense features of kind {kind!r}; choose value, final or penultimate")
+            return self._tower.dense(tokens, kind, trace)
 
     def pooled(self, outputs: Float[Tensor, "B T V"]) -> Float[Tensor, "B D"]:
-        """Pool the tokens after the last block as CLIP-ES does: mean of the patches after ``ln_post``, projected.
+        """Pool the tokens after the last block as CLIP-ES does.
 
-        Differentiable; not normalised.
+        Mean of the patch tokens after ``ln_post``, projected; differentiable, not normalised.
         """
-        return vit.layer_norm(outputs, self.head.norm)[:, 1:].mean(1) @ self.head.projection
+        return self._tower.pool_patches(outputs)
 
     def encode_image(self, images: Images) -> Float[Tensor, "B D"]:
         """Return CLIP's own image feature (the class token's for OpenAI's models), not normalised.
@@ -295,12 +267,7 @@ class CLIPEncoder(nn.Module):
             images: As :meth:`encode` takes them.
         """
         with self._frozen_arithmetic():
-            tokens, _ = self._tower.embed(self._pixels(images))
-            *_, tokens = self._tower.run(tokens)
-            tokens = vit.forward_block(tokens, self.last_block)
-            if self.geometry.mean_pooled:
-                return self.pooled(tokens)
-            return vit.layer_norm(tokens[:, 0], self.head.norm) @ self.head.projection
+            return self._tower.encode_image(self._pixels(images))
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts D"]:
         """Return unit rows of texts, by the model's own text tower.

@@ -42,8 +42,8 @@ def read_geometry(
         quick_gelu: Overrides the blocks' activation.
 
     Raises:
-        ConfigurationError: If the model is no CLIP, its tower no plain vision transformer, or a block has parts that the
-            encoder's arithmetic does not know.
+        ConfigurationError: If the model is no CLIP, its tower no plain vision transformer, or a block has
+            parts that the encoder's arithmetic does not know.
     """
     visual = getattr(model, "visual", None)
     missing = [part for part in PARTS if getattr(visual, part, None) is None]

@@ -17,8 +17,8 @@ def resize_positions(
 ) -> Float[Tensor, "T V"]:
     """Resize a position embedding to a patch grid as CLIP-ES's ``upsample_pos_emb`` does.
 
-    The row of the class token stays; the rows of the patches are resampled bilinearly with half-pixel centres and
-    without antialiasing (open_clip would resample bicubically with it).
+    The row of the class token stays; the rows of the patches are resampled bilinearly with half-pixel centres
+    and without antialiasing (open_clip would resample bicubically with it).
 
     Args:
         positions: Class token first.
@@ -27,8 +27,9 @@ def resize_positions(
         half: Round the result through float16, as CLIP-ES does on every device.
 
     Returns:
-        ``positions`` itself, neither resampled nor rounded, when the grids are equal: the encoder then equals a plain
-        CLIP. CLIP-ES rounds there too, which changes nothing in OpenAI's weights, since they are stored in float16.
+        ``positions`` itself, neither resampled nor rounded, when the grids are equal: the encoder then equals
+        a plain CLIP. CLIP-ES rounds there too, which changes nothing in OpenAI's weights, since they are
+        stored in float16.
     """
     if grid == native:
         return positions

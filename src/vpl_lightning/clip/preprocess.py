@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
+from jaxtyping import Float, UInt8
 from PIL import Image
+from torch import Tensor
 
 from vpl_lightning.structures import ImageArray
 
@@ -21,16 +24,37 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
 
 
 def resize_to_patches(image: ImageArray, patch_size: int) -> ImageArray:
-    """Resize an image so that each side is a patch multiple, rounded up; the aspect ratio may change a little.
+    """Resize an image so that each side is a patch multiple, rounded up.
 
-    PIL's antialiased bicubic filter on the decoded bytes, as CLIP-ES does before it normalises. Needs no encoder, so
-    that data-loader workers can call it.
+    The aspect ratio may change a little. PIL's antialiased bicubic filter on the decoded bytes, as CLIP-ES
+    does before it normalises. Needs no encoder, so that data-loader workers can call it.
 
     Returns:
         A new array, a copy when the size fits already.
     """
-    h, w = patch_grid(*image.shape[:2], patch_size)
+    height, width, _ = image.shape
+    h, w = patch_grid(height, width, patch_size)
     size = (w * patch_size, h * patch_size)
-    if size == (image.shape[1], image.shape[0]):
+    if size == (width, height):
         return image.copy()
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)).copy()
+
+
+def normalise_pixels(
+    images: UInt8[np.ndarray, "B H W 3"] | UInt8[Tensor, "B 3 H W"],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+) -> Float[Tensor, "B 3 H W"]:
+    """Scale bytes to [0, 1], then by mean and standard deviation of the channels.
+
+    Args:
+        images: Bytes.
+        mean: Of each channel in [0, 1].
+        std: Of each channel in [0, 1].
+        device: Where the bytes are sent before they become floats.
+    """
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
+    pixels = pixels.to(device).float() / 255
+    middle, spread = (pixels.new_tensor(part)[:, None, None] for part in (mean, std))
+    return (pixels - middle) / spread

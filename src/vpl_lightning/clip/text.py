@@ -26,9 +26,10 @@ def default_tokenizer(model: Any) -> Tokenizer:
     from open_clip.tokenizer import SimpleTokenizer
 
     length = getattr(model, "context_length", None)
-    return SimpleTokenizer(
+    tokenizer: Tokenizer = SimpleTokenizer(
         context_length=int(model.positional_embedding.shape[0] if length is None else length)
     )
+    return tokenizer
 
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Int[Tensor, "texts context"]:
@@ -43,7 +44,8 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Int[Tensor, "texts c
             needed = len(encode(text)) + 2
             if needed > limit:
                 raise ConfigurationError(
-                    f"the prompt {text!r} needs {needed} tokens, this CLIP reads {limit}: shorten the prompt or template"
+                    f"the prompt {text!r} needs {needed} tokens, this CLIP reads {limit}: "
+                    "shorten the prompt or template"
                 )
     return tokenizer(list(texts))
 
@@ -78,7 +80,8 @@ def embed_texts(
     table = getattr(getattr(tower, "token_embedding", None), "weight", None)
     if table is not None:
         warn_of_unknown_tokens(texts, tokens, table)
-    rows = [model.encode_text(part).float() for part in tokens.split(TEXTS_AT_ONCE)]
+    parts = (tokens[start : start + TEXTS_AT_ONCE] for start in range(0, len(tokens), TEXTS_AT_ONCE))
+    rows = [model.encode_text(part).float() for part in parts]
     return F.normalize(torch.cat(rows), dim=-1)
 
 
@@ -93,4 +96,4 @@ def fill_templates(classes: ClassSet) -> list[str]:
 
 def average_templates(rows: Float[Tensor, "texts D"], templates: int) -> Float[Tensor, "C D"]:
     """Average the unit rows of the same prompt and normalise again, as OpenAI's zero-shot classifiers do."""
-    return F.normalize(rows.unflatten(0, (-1, templates)).mean(1), dim=-1)
+    return F.normalize(rows.reshape(-1, templates, rows.shape[-1]).mean(1), dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from vpl_lightning.clip.geometry import Geometry
 from vpl_lightning.clip.positions import resize_positions
 from vpl_lightning.errors import ConfigurationError, DataError
 from vpl_lightning.functional import vit
+
+DenseKind = Literal["value", "final", "penultimate"]
+"""Which patch features; see :meth:`CLIPEncoder.dense`."""
 
 CACHED_GRIDS = 16
 """Position embeddings kept for the patch grids of recent images."""
@@ -29,6 +32,7 @@ class VisionTower:
     """
 
     def __init__(self, visual: Any, geometry: Geometry, *, dtype: torch.dtype, half_positions: bool) -> None:
+        """Keep the tower by reference."""
         self.visual = visual
         self.geometry = geometry
         self.dtype = dtype
@@ -72,14 +76,15 @@ class VisionTower:
         size, (height, width) = self.geometry.patch_size, pixels.shape[-2:]
         if height % size or width % size:
             raise DataError(
-                f"an image of {height} x {width} px does not fit patches of {size} px: use CLIPEncoder.resize first"
+                f"an image of {height} x {width} px does not fit patches of {size} px: "
+                "use CLIPEncoder.resize first"
             )
         grid = (height // size, width // size)
         patches = self.visual.conv1(pixels)
         if patches.shape[1:] != (self.geometry.width, *grid):
             raise ConfigurationError(
-                f"the stem made {tuple(patches.shape[1:])} of an image of {height} x {width} px; at patch size {size} "
-                f"and width {self.geometry.width} it must be {(self.geometry.width, *grid)}"
+                f"the stem made {tuple(patches.shape[1:])} of an image of {height} x {width} px; at patch "
+                f"size {size} and width {self.geometry.width} it must be {(self.geometry.width, *grid)}"
             )
         patches = patches.float().flatten(2).transpose(1, 2)
         first = self.visual.class_embedding.float().expand(patches.shape[0], 1, -1)
@@ -95,7 +100,10 @@ class VisionTower:
     def run_with_attention(
         self, tokens: Float[Tensor, "B T V"], kept: int
     ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T T"]]:
-        """Return the tokens before the last block and the summed, head-averaged attention of the ``kept`` blocks there."""
+        """Return the tokens before the last block and the attention of the ``kept`` blocks there.
+
+        Attention is averaged over heads and summed over blocks.
+        """
         attention = tokens.new_zeros(tokens.shape[0], tokens.shape[1], tokens.shape[1])
         blocks = self.early_blocks
         for index, block in enumerate(blocks):
@@ -105,6 +113,40 @@ class VisionTower:
                 tokens, averaged = vit.forward_block_with_attention(tokens, block)
                 attention += averaged
         return tokens, attention
+
+    def trace(self, tokens: Float[Tensor, "B T V"]) -> vit.BlockTrace:
+        """Run the last block in float32 and keep its intermediate values."""
+        return vit.trace_block(tokens.float(), self.last_block)
+
+    def dense(
+        self, tokens: Float[Tensor, "B T V"], kind: DenseKind, trace: vit.BlockTrace | None
+    ) -> Float[Tensor, "B P D"]:
+        """Return unit patch features of the tokens that enter the last block.
+
+        Raises:
+            ConfigurationError: If the kind is unknown.
+        """
+        if kind == "penultimate":
+            return vit.dense_features(tokens.float(), self.head)
+        trace = trace or self.trace(tokens)
+        if kind == "value":
+            return vit.dense_features(vit.value_path(trace, self.last_block), self.head)
+        if kind == "final":
+            return vit.dense_features(trace.outputs, self.head)
+        raise ConfigurationError(f"dense features of kind {kind!r}; choose value, final or penultimate")
+
+    def pool_patches(self, outputs: Float[Tensor, "B T V"]) -> Float[Tensor, "B D"]:
+        """Project the mean of the patch tokens after ``ln_post``."""
+        return vit.layer_norm(outputs, self.head.norm)[:, 1:].mean(1) @ self.head.projection
+
+    def encode_image(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """Run every block, then pool as the model itself does."""
+        outputs, _ = self.embed(pixels)
+        for block in (*self.early_blocks, self.last_block):
+            outputs = vit.forward_block(outputs, block)
+        if self.geometry.mean_pooled:
+            return self.pool_patches(outputs)
+        return vit.layer_norm(outputs[:, 0], self.head.norm) @ self.head.projection
 
     def _read(self, index: int) -> vit.BlockWeights:
         block = self.visual.transformer.resblocks[index]

@@ -44,7 +44,7 @@ def load_checkpoint(
     quick_gelu: bool | None = None,
     heads: int | None = None,
     text_heads: int | None = None,
-) -> nn.Module:
+) -> Any:
     """Build an open_clip CLIP from a local file and load it strictly.
 
     Args:
@@ -54,12 +54,12 @@ def load_checkpoint(
         text_heads: The same of the text blocks.
 
     Raises:
-        WeightsError: If the file is unreadable, no CLIP with a vision transformer, or silent or contradicted about its
-            activation; names the tensor, the expected and the found shape.
+        WeightsError: If the file is unreadable, no CLIP with a vision transformer, or silent or contradicted
+            about its activation; names the tensor, the expected and the found shape.
     """
     checkpoint = read_checkpoint(path)
     activation = _activation(checkpoint, quick_gelu)
-    model = _build(
+    model: Any = _build(
         checkpoint,
         activation,
         heads=heads or checkpoint.vision_heads,
@@ -72,7 +72,7 @@ def load_checkpoint(
     return model
 
 
-def load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Any]:
+def load_open_clip(name: str, pretrained: str | None) -> tuple[Any, Any]:
     """Build one of open_clip's models and its tokenizer.
 
     Args:
@@ -98,7 +98,8 @@ def load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Any]:
     told = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
     if not told:
         raise WeightsError(
-            f"open_clip has no weights '{pretrained}' for '{name}', and no such file exists; tags: {', '.join(tags)}"
+            f"open_clip has no weights '{pretrained}' for '{name}', and no such file exists; "
+            f"tags: {', '.join(tags)}"
         )
     if bool(told.get("quick_gelu", False)) != quick_gelu:
         other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
@@ -125,7 +126,7 @@ def fingerprint(state: Mapping[str, Tensor], settings: str) -> str:
     return digest.hexdigest()
 
 
-def _load_named(name: str, config: Mapping[str, Any], path: Path) -> nn.Module:
+def _load_named(name: str, config: Mapping[str, Any], path: Path) -> Any:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "layers" not in vision or not isinstance(vision["layers"], int):
         raise WeightsError(f"'{name}' has no plain vision transformer; choose a ViT")
@@ -157,14 +158,14 @@ def _activation(checkpoint: Checkpoint, asked: bool | None) -> bool:
     told = checkpoint.quick_gelu
     if asked is None and told is None:
         raise WeightsError(
-            f"{checkpoint.path} does not tell whether it was trained with QuickGELU (OpenAI's models, open_clip's "
-            "'-quickgelu' models) or GELU, and the wrong one ruins every result in silence: pass quick_gelu=True or "
-            "quick_gelu=False"
+            f"{checkpoint.path} does not tell whether it was trained with QuickGELU (OpenAI's models, "
+            "open_clip's '-quickgelu' models) or GELU, and the wrong one ruins every result in silence: "
+            "pass quick_gelu=True or quick_gelu=False"
         )
     if asked is not None and told is not None and asked != told:
         raise WeightsError(
-            f"{checkpoint.path} was trained with {_name(told)} ({checkpoint.evidence}), but quick_gelu={asked} was "
-            "asked for: leave quick_gelu out"
+            f"{checkpoint.path} was trained with {_name(told)} ({checkpoint.evidence}), but "
+            f"quick_gelu={asked} was asked for: leave quick_gelu out"
         )
     return bool(told if asked is None else asked)
 
@@ -218,7 +219,8 @@ def _core_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         listed = ", ".join(f"'{name}' ({CORE[name]})" for name in missing[:SHOWN])
         raise WeightsError(
-            f"{path} is no CLIP with a vision transformer under OpenAI's names: it has no tensor {listed}{more}"
+            f"{path} is no CLIP with a vision transformer under OpenAI's names: it has no tensor "
+            f"{listed}{more}"
         )
     shapes = {name: tuple(state[name].shape) for name in CORE}
     for name, axes in CORE.items():
@@ -227,14 +229,14 @@ def _core_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     _, channels, height, width = shapes["visual.conv1.weight"]
     if channels != 3 or height != width:
         raise WeightsError(
-            f"{path}: 'visual.conv1.weight' has shape {shapes['visual.conv1.weight']}, expected (V, 3, p, p) for "
-            "square patches of RGB pixels"
+            f"{path}: 'visual.conv1.weight' has shape {shapes['visual.conv1.weight']}, expected "
+            "(V, 3, p, p) for square patches of RGB pixels"
         )
     patches = shapes["visual.positional_embedding"][0] - 1
     if patches < 1 or math.isqrt(patches) ** 2 != patches:
         raise WeightsError(
-            f"{path}: 'visual.positional_embedding' has shape {shapes['visual.positional_embedding']}, expected "
-            f"(1 + a square number, V): {patches} patches form no square grid"
+            f"{path}: 'visual.positional_embedding' has shape {shapes['visual.positional_embedding']}, "
+            f"expected (1 + a square number, V): {patches} patches form no square grid"
         )
     return shapes
 
@@ -259,5 +261,6 @@ def _check(checkpoint: Checkpoint, model: nn.Module) -> None:
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise WeightsError(
-            f"{checkpoint.path} does not fit the CLIP that its own sizes describe: {'; '.join(faults[:SHOWN])}{more}"
+            f"{checkpoint.path} does not fit the CLIP that its own sizes describe: "
+            f"{'; '.join(faults[:SHOWN])}{more}"
         )

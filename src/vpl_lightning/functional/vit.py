@@ -1,7 +1,8 @@
 """A pre-norm CLIP transformer block as plain functions of its weights.
 
 open_clip's blocks return no attention, changed their attention class in version 4, and OpenAI's blocks differ
-between forks. Parameter names are the same everywhere, so the weights are read and the arithmetic is done here.
+between forks. Parameter names are the same everywhere, so the weights are read and the arithmetic is done
+here.
 """
 
 from __future__ import annotations
@@ -88,26 +89,30 @@ class BlockTrace(NamedTuple):
 
 def layer_norm(x: Float[Tensor, "*B V"], norm: NormWeights) -> Float[Tensor, "*B V"]:
     """Layer normalisation over the last axis."""
-    return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+    normed: Tensor = F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+    return normed
 
 
 def activate(x: Float[Tensor, "*B V"], activation: Activation) -> Float[Tensor, "*B V"]:
     """Apply the non-linearity of the MLP."""
-    return x * torch.sigmoid(QUICK_GELU_SLOPE * x) if activation == "quick_gelu" else F.gelu(x)
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+    plain: Tensor = F.gelu(x)
+    return plain
 
 
 def activation_slope(x: Float[Tensor, "*B V"], activation: Activation) -> Float[Tensor, "*B V"]:
     """Derivative of :func:`activate`."""
     if activation == "quick_gelu":
-        gate = torch.sigmoid(QUICK_GELU_SLOPE * x)
+        gate: Tensor = torch.sigmoid(QUICK_GELU_SLOPE * x)
         return gate * (1 + QUICK_GELU_SLOPE * x * (1 - gate))
-    cdf = 0.5 * (1 + torch.erf(x * 0.5**0.5))
+    cdf: Tensor = 0.5 * (1 + torch.erf(x * 0.5**0.5))
     return cdf + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5
 
 
 def split_heads(x: Float[Tensor, "B T V"], heads: int) -> Float[Tensor, "B G T d"]:
     """Cut the width into heads."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Float[Tensor, "B G T d"]) -> Float[Tensor, "B T V"]:
@@ -129,8 +134,8 @@ def trace_block(
     Args:
         inputs: Residual stream before the block.
         block: Weights of the block.
-        normed: Stands in for ``ln_1(inputs)``, so that a caller can differentiate with respect to it while the
-            residual path stays constant, which is what Grad-CAM at ``ln_1`` does.
+        normed: Stands in for ``ln_1(inputs)``, so that a caller can differentiate with respect to it while
+            the residual path stays constant, which is what Grad-CAM at ``ln_1`` does.
     """
     if normed is None:
         normed = layer_norm(inputs, block.norm_1)
@@ -208,8 +213,8 @@ def block_weights(
 
     Raises:
         AttributeError: If the block lacks a parameter.
-        ValueError: If it has parameters that this arithmetic leaves out (layer scale, normalised queries), an unknown
-            activation, or a width that the heads do not divide.
+        ValueError: If it has parameters that this arithmetic leaves out (layer scale, normalised queries), an
+            unknown activation, or a width that the heads do not divide.
     """
     parameters = dict(block.named_parameters())
     names = [*PARAMETERS.values(), *NORMS]
