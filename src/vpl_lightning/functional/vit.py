@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -106,8 +107,8 @@ def activation_slope(x: Float[Tensor, "*B V"], activation: Activation) -> Float[
     if activation == "quick_gelu":
         gate: Tensor = torch.sigmoid(QUICK_GELU_SLOPE * x)
         return gate * (1 + QUICK_GELU_SLOPE * x * (1 - gate))
-    cdf: Tensor = 0.5 * (1 + torch.erf(x * 0.5**0.5))
-    return cdf + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5
+    cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    return cdf + x * torch.exp(-0.5 * x * x) * math.sqrt(0.5 / math.pi)
 
 
 def split_heads(x: Float[Tensor, "B T V"], heads: int) -> Float[Tensor, "B G T d"]:
