@@ -50,13 +50,13 @@ def atomic_write(path: str | Path, content: bytes, *, sync: bool = False) -> Non
 
 
 def remove_leftovers(folder: str | Path) -> int:
-    """Remove temporary files of processes that were killed, and return how many.
+    """Remove temporary files of killed processes below ``folder`` and return how many.
 
     Files of living processes are kept, other hosts' and unknown ones until :data:`STALE_AFTER_S` old,
     so that several ranks may clean the folder that they share.
     """
     removed = 0
-    for partial in Path(folder).glob(".*.partial"):
+    for partial in Path(folder).rglob(".*.partial"):
         if _abandoned(partial):
             partial.unlink(missing_ok=True)
             removed += 1

@@ -84,6 +84,18 @@ class Manifest:
             ) from error
 
     @classmethod
+    def mark_complete(cls, folder: str | Path) -> None:
+        """Note in the manifest of ``folder`` that nothing is missing; one process does, after all others.
+
+        Raises:
+            DataError: If there is no manifest.
+        """
+        found = cls.read(folder)
+        if found is None:
+            raise DataError(f"{Path(folder)} holds no {MANIFEST}, so nothing there can be complete")
+        cls(found.settings, complete=True).write(folder)
+
+    @classmethod
     def match_or_explain(
         cls, folder: str | Path, settings: Mapping[str, Any], *, complete: bool = False
     ) -> str | None:

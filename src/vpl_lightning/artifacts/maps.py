@@ -13,7 +13,7 @@ from vpl_lightning.artifacts.atomic import atomic_write
 from vpl_lightning.errors import DataError
 
 _KEY = "vpl_lightning"
-_SIZE = "size"
+"""The one entry of metadata, JSON: safetensors writes several in an order that changes from run to run."""
 
 
 class PatchMaps(NamedTuple):
@@ -46,8 +46,8 @@ def write_maps(
         "cams": np.ascontiguousarray(cams, np.float16),
         "affinity": np.ascontiguousarray(affinity, np.float16),
     }
-    metadata = {_SIZE: f"{size[0]} {size[1]}"} | ({} if fingerprint is None else {_KEY: fingerprint})
-    atomic_write(path, save(tensors, metadata=metadata))
+    about = {"size": list(size), "fingerprint": fingerprint}
+    atomic_write(path, save(tensors, metadata={_KEY: json.dumps(about)}))
 
 
 def read_maps(path: str | Path) -> PatchMaps:
@@ -61,29 +61,30 @@ def read_maps(path: str | Path) -> PatchMaps:
 
     try:
         tensors = load_file(path)
-        height, width = (int(side) for side in _metadata(Path(path))[_SIZE].split())
+        height, width = _about(Path(path))["size"]
         return PatchMaps(tensors["classes"], tensors["cams"], tensors["affinity"], (height, width))
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise DataError(f"{path}: not a file of localisation maps ({error!r})") from error
 
 
 def maps_fingerprint(path: str | Path) -> str | None:
     """Return the fingerprint in a file of maps; None if there is no whole file or none in it."""
     try:
-        return _metadata(Path(path)).get(_KEY)
-    except (OSError, ValueError):
+        found = _about(Path(path))["fingerprint"]
+    except (OSError, KeyError, TypeError, ValueError):
         return None
+    return None if found is None else str(found)
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """Read the header of a safetensors file, whose tensors must end where the file ends."""
+def _about(path: Path) -> dict[str, Any]:
+    """Read the metadata of a safetensors file, whose tensors must end where the file ends."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError("cut short")
         header: dict[str, Any] = json.loads(file.read(length))
-    metadata: dict[str, str] = header.pop("__metadata__", {})
+    about: dict[str, Any] = json.loads(header.pop("__metadata__")[_KEY])
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if path.stat().st_size != 8 + length + end:
         raise ValueError("cut short")
-    return metadata
+    return about

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from vpl_lightning.artifacts.atomic import atomic_write
 from vpl_lightning.errors import DataError
 
 _NAME = "prototypes"
+_KEY = "vpl_lightning"
+"""The one entry of metadata, JSON: safetensors writes several in an order that changes from run to run."""
 
 
 class StoredPrototypes(NamedTuple):
@@ -31,7 +34,8 @@ def write_prototypes(
     from safetensors.torch import save
 
     tensors = {_NAME: prototypes.detach().float().cpu().contiguous()}
-    atomic_write(path, save(tensors, metadata=dict(metadata or {})))
+    about = json.dumps(dict(metadata or {}), sort_keys=True)
+    atomic_write(path, save(tensors, metadata={_KEY: about}))
 
 
 def read_prototypes(path: str | Path) -> StoredPrototypes:
@@ -44,6 +48,6 @@ def read_prototypes(path: str | Path) -> StoredPrototypes:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return StoredPrototypes(file.get_tensor(_NAME), dict(file.metadata() or {}))
-    except (OSError, SafetensorError) as error:
+            return StoredPrototypes(file.get_tensor(_NAME), json.loads(file.metadata()[_KEY]))
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise DataError(f"{path}: not a file of prototypes ({error})") from error
