@@ -55,6 +55,10 @@ class SegmentationConfusion(Metric):
         """Return the matrix of all ranks; rows are the truth."""
         return self.matrix
 
+    def miou(self) -> float:
+        """Return the mean IoU over the classes that the truth of all ranks shows."""
+        return mean_iou(self.compute())
+
 
 def score_table(matrix: Int64[Tensor, "C C"], names: Sequence[str]) -> str:
     """Lay out the IoU of each class and the mean, in percent, as text.

@@ -108,6 +108,7 @@ def test_metric_accumulates_and_resets():
         metric.update(prediction, target)
     whole = confusion_matrix(torch.cat([p for p, _ in parts]), torch.cat([t for _, t in parts]), 21)
     assert metric.compute().equal(whole)
+    assert metric.miou() == mean_iou(whole)
     metric.reset()
     assert metric.compute().sum() == 0
 
