@@ -21,7 +21,9 @@ class Block(nn.Module):
         self.attn = nn.MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=activation(), c_proj=nn.Linear(4 * width, width))
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width), gelu=activation(), c_proj=nn.Linear(4 * width, width)
+            )
         )
         self.ln_2 = nn.LayerNorm(width)
         self.causal = causal
@@ -89,6 +91,8 @@ class OpenAIStyleCLIP(nn.Module):
         patch_size: int = 8,
         image_size: int = 32,
         joint_width: int = 32,
+        context_length: int = 77,
+        vocab_size: int = 49408,
         activation: type[nn.Module] = QuickGELU,
         block: type[Block] = Block,
         markers: bool = True,
@@ -97,15 +101,15 @@ class OpenAIStyleCLIP(nn.Module):
         vision = [block(width, heads, False, activation) for _ in range(layers)]
         self.visual = VisionTransformer(image_size, patch_size, width, joint_width, vision)
         self.transformer = Transformer([block(64, 1, True, activation) for _ in range(2)])
-        self.token_embedding = nn.Embedding(49408, 64)
-        self.positional_embedding = nn.Parameter(torch.randn(77, 64))
+        self.token_embedding = nn.Embedding(vocab_size, 64)
+        self.positional_embedding = nn.Parameter(torch.randn(context_length, 64))
         self.ln_final = nn.LayerNorm(64)
         self.text_projection = nn.Parameter(torch.randn(64, joint_width))
         self.logit_scale = nn.Parameter(torch.zeros([]))
         if markers:
             self.register_buffer("input_resolution", torch.tensor(image_size))
-            self.register_buffer("context_length", torch.tensor(77))
-            self.register_buffer("vocab_size", torch.tensor(49408))
+            self.register_buffer("context_length", torch.tensor(context_length))
+            self.register_buffer("vocab_size", torch.tensor(vocab_size))
 
     def encode_image(self, image: Tensor) -> Tensor:
         return self.visual(image)
@@ -121,7 +125,11 @@ class OpenAIStyleCLIP(nn.Module):
 
 def openai_style(state: dict[str, Tensor], **options: object) -> OpenAIStyleCLIP:
     """Return the model with the weights of an open_clip state dict."""
-    model = OpenAIStyleCLIP(**options)  # type: ignore[arg-type]
+    text = {
+        "context_length": len(state["positional_embedding"]),
+        "vocab_size": len(state["token_embedding.weight"]),
+    }
+    model = OpenAIStyleCLIP(**text, **options)  # type: ignore[arg-type]
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"input_resolution", "context_length", "vocab_size"}

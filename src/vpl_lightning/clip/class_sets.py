@@ -60,7 +60,7 @@ class ClassSet:
                 "classes; give one a class, or leave it out to use the names"
             )
         _check_templates(self.templates, where)
-        _check_threshold(self.box_threshold, where)
+        _threshold(self.box_threshold, where)
 
     @property
     def num_classes(self) -> int:
@@ -115,7 +115,7 @@ class ClassSet:
                 value.get("background", DEFAULT_BACKGROUND), {*foreground, *prompts}, where
             ),
             templates=templates(value.get("templates", DEFAULT_TEMPLATES)),
-            box_threshold=value.get("box_threshold", DEFAULT_BOX_THRESHOLD),
+            box_threshold=_threshold(value.get("box_threshold", DEFAULT_BOX_THRESHOLD), where),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,10 +256,11 @@ def _check_templates(values: tuple[str, ...], where: str) -> None:
             )
 
 
-def _check_threshold(value: object, where: str) -> None:
+def _threshold(value: Any, where: str) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:  # type: ignore[operator]
+    if not number or not 0 <= value < 1:
         raise ConfigurationError(f"{where}: box_threshold is {value!r}; choose a number in [0, 1)")
+    return float(value)
 
 
 def _repeated(texts: tuple[str, ...]) -> list[str]:

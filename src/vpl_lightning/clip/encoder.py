@@ -12,17 +12,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from vpl_lightning.clip import weights
+from vpl_lightning.clip import preprocess, text, weights
 from vpl_lightning.clip.class_sets import ClassSet
 from vpl_lightning.clip.geometry import read_geometry
-from vpl_lightning.clip.preprocess import CLIP_MEAN, CLIP_STD, normalise_pixels, resize_to_patches
-from vpl_lightning.clip.text import (
-    Tokenizer,
-    average_templates,
-    default_tokenizer,
-    embed_texts,
-    fill_templates,
-)
 from vpl_lightning.clip.tower import DenseKind, VisionTower
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional import vit
@@ -76,7 +68,7 @@ class CLIPEncoder(nn.Module):
         quick_gelu: bool | None = None,
         attention_blocks: int = ATTENTION_BLOCKS,
         precision: Precision = "float32",
-        tokenizer: Tokenizer | None = None,
+        tokenizer: text.Tokenizer | None = None,
         half_positions: bool = True,
     ) -> None:
         """Check the model, then freeze it."""
@@ -96,8 +88,12 @@ class CLIPEncoder(nn.Module):
         self.precision: Precision = precision
         self.half_positions = half_positions
         self.tokenizer = tokenizer
-        self.mean: tuple[float, ...] = tuple(getattr(self.model.visual, "image_mean", None) or CLIP_MEAN)
-        self.std: tuple[float, ...] = tuple(getattr(self.model.visual, "image_std", None) or CLIP_STD)
+        self.mean: tuple[float, ...] = tuple(
+            getattr(self.model.visual, "image_mean", None) or preprocess.CLIP_MEAN
+        )
+        self.std: tuple[float, ...] = tuple(
+            getattr(self.model.visual, "image_std", None) or preprocess.CLIP_STD
+        )
         self._tower = VisionTower(
             self.model.visual, geometry, dtype=DTYPES[precision], half_positions=half_positions
         )
@@ -188,15 +184,15 @@ class CLIPEncoder(nn.Module):
             )
         return self._fingerprint
 
-    def resize(self, image: ImageArray) -> ImageArray:
+    def resize(self, image: ImageArray) -> preprocess.ResizedArray:
         """Resize a decoded image to the next patch multiple; see :func:`resize_to_patches`."""
-        return resize_to_patches(image, self.patch_size)
+        return preprocess.resize_to_patches(image, self.patch_size)
 
     def normalise(
         self, images: UInt8[np.ndarray, "B H W 3"] | UInt8[Tensor, "B 3 H W"]
     ) -> Float[Tensor, "B 3 H W"]:
         """Scale bytes to [0, 1], then by the encoder's own mean and standard deviation, on its device."""
-        return normalise_pixels(images, self.mean, self.std, self.device)
+        return preprocess.normalise_pixels(images, self.mean, self.std, self.device)
 
     def encode(self, images: Images) -> EncodedImages:
         """Run every block but the last.
@@ -269,20 +265,21 @@ class CLIPEncoder(nn.Module):
         with self._frozen_arithmetic():
             return self._tower.encode_image(self._pixels(images))
 
-    def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts D"]:
-        """Return unit rows of texts, by the model's own text tower.
+    def encode_text(self, texts: str | Sequence[str]) -> Float[Tensor, "texts D"]:
+        """Return unit rows of a text or texts, by the model's own text tower.
 
         Raises:
             ConfigurationError: If a text has more tokens than the model reads.
         """
         if self.tokenizer is None:
-            self.tokenizer = default_tokenizer(self.model)
+            self.tokenizer = text.default_tokenizer(self.model)
         with self._frozen_arithmetic():
-            return embed_texts(self.model, texts, self.tokenizer, self.device)
+            return text.embed_texts(self.model, texts, self.tokenizer, self.device)
 
     def encode_classes(self, classes: ClassSet) -> Float[Tensor, "C D"]:
         """Return the text prototypes of a class set: foreground rows, then background; templates averaged."""
-        return average_templates(self.encode_text(fill_templates(classes)), len(classes.templates))
+        rows = self.encode_text(text.fill_templates(classes))
+        return text.average_templates(rows, len(classes.templates))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CLIPEncoder:
         self._tower.forget()

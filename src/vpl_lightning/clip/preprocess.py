@@ -17,13 +17,16 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of the RGB channels in [0, 1], OpenAI's CLIP."""
 
+ResizedArray = UInt8[np.ndarray, "Hp Wp 3"]
+"""An image whose sides are multiples of the patch size."""
+
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Return ``(h, w)`` in patches of an image, each side rounded up (CLIP-ES ``generate_cams_voc12.py``)."""
     return math.ceil(height / patch_size), math.ceil(width / patch_size)
 
 
-def resize_to_patches(image: ImageArray, patch_size: int) -> ImageArray:
+def resize_to_patches(image: ImageArray, patch_size: int) -> ResizedArray:
     """Resize an image so that each side is a patch multiple, rounded up.
 
     The aspect ratio may change a little. PIL's antialiased bicubic filter on the decoded bytes, as CLIP-ES

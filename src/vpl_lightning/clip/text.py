@@ -68,13 +68,14 @@ def warn_of_unknown_tokens(texts: Sequence[str], tokens: Int[Tensor, "texts cont
 
 
 def embed_texts(
-    model: Any, texts: Sequence[str], tokenizer: Tokenizer, device: torch.device
+    model: Any, texts: str | Sequence[str], tokenizer: Tokenizer, device: torch.device
 ) -> Float[Tensor, "texts D"]:
     """Run the model's own text tower.
 
     Returns:
         Unit rows, float32.
     """
+    texts = [texts] if isinstance(texts, str) else list(texts)
     tokens = tokenize(texts, tokenizer).to(device)
     tower = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
     table = getattr(getattr(tower, "token_embedding", None), "weight", None)
