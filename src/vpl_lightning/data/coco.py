@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vpl_lightning.archives.coco import INDEX_FOLDER, MASK_LAYOUTS, coco_images, places_of
 from vpl_lightning.clip import ClassSet
 from vpl_lightning.data.base import SegmentationDataModule
 from vpl_lightning.data.checks import OnBadImage
@@ -11,22 +12,6 @@ from vpl_lightning.data.images import ImageFolder, MaskFolder
 from vpl_lightning.data.index import TaggedIndex
 from vpl_lightning.data.transforms import Augmentation
 from vpl_lightning.errors import ConfigurationError, DataError
-
-INDEX_FOLDER = "vpl_index"
-"""Folder of the arrays with ids, files and tags."""
-MASK_FOLDER = "SegmentationClass"
-IMAGE_LAYOUTS = (
-    "{split}",
-    "images/{split}",
-    "JPEGImages/{split}",
-    "JPEGImages/{role}",
-    "images/{role}",
-    "{role}",
-)
-"""Where images of a split are: the official archives, then what other code bases use (CLIP-ES, SeCo, "
-"WeCLIP)."""
-MASK_LAYOUTS = (MASK_FOLDER + "/{split}", MASK_FOLDER + "/{role}", MASK_FOLDER)
-"""Where masks of a split are, likewise."""
 
 
 class COCODataModule(SegmentationDataModule):
@@ -36,7 +21,8 @@ class COCODataModule(SegmentationDataModule):
     with the number of images.
 
     Args:
-        root: Folder of the unpacked archives; several layouts are known, see :data:`IMAGE_LAYOUTS`.
+        root: Folder of the unpacked archives; several layouts are known, see
+            :data:`vpl_lightning.archives.coco.IMAGE_LAYOUTS`.
         prepared: Where ``vpl prepare coco --output`` has put its files; ``root`` by default.
         train_split: ``train2014``, or another that was prepared.
         val_split: The split that ``validate`` scores.
@@ -117,7 +103,7 @@ class COCODataModule(SegmentationDataModule):
         if self.masks:
             folders = [self.root / self.masks.format(split=split)]
         else:
-            places = _places(MASK_LAYOUTS, split)
+            places = places_of(split, MASK_LAYOUTS)
             folders = list(
                 dict.fromkeys(base / place for place in places for base in (self.prepared, self.root))
             )
@@ -130,30 +116,3 @@ class COCODataModule(SegmentationDataModule):
         raise DataError(
             f"no mask of '{first}', the first image of '{split}', in {', '.join(map(str, folders))}; {fix}"
         )
-
-
-def coco_images(root: Path, split: str, first: str) -> Path:
-    """Find the folder of a split's images.
-
-    Args:
-        root: Folder of the archives.
-        split: Such as ``train2014``.
-        first: Name of one image of the split.
-
-    Raises:
-        ConfigurationError: If the image is nowhere; says where it looked.
-    """
-    folders = [root / place for place in _places(IMAGE_LAYOUTS, split)]
-    for folder in folders:
-        if (folder / first).is_file():
-            return folder
-    existing = [folder for folder in folders if folder.is_dir()]
-    if existing:
-        return existing[0]
-    raise ConfigurationError(
-        f"data.root='{root}' has no images of '{split}': {first} is not in {', '.join(map(str, folders))}"
-    )
-
-
-def _places(layouts: tuple[str, ...], split: str) -> list[str]:
-    return [layout.format(split=split, role=split.rstrip("0123456789")) for layout in layouts]

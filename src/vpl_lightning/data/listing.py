@@ -1,12 +1,11 @@
-"""Finds image files, and reads lists of ids."""
+"""Finds image files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from vpl_lightning.data.index import Entry, TaggedIndex
-from vpl_lightning.errors import ConfigurationError, DataError
+from vpl_lightning.errors import ConfigurationError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Suffixes, in small letters, of files that count as images."""
@@ -38,31 +37,3 @@ def image_files(folder: Path) -> list[str]:
     """Return the paths of the images below a folder, relative to it, sorted."""
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
-
-
-def read_ids(path: Path) -> list[str]:
-    """Read a list of ids, one a line; further columns and empty lines are ignored.
-
-    Raises:
-        DataError: If the file cannot be read, or holds no id or one twice; names it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a list of ids: {error}") from error
-    ids = [line.split()[0] for line in lines if line.strip()]
-    if not ids:
-        raise DataError(f"{path} lists no id")
-    if len(set(ids)) != len(ids):
-        raise DataError(f"{path} lists '{first_repeated(ids)}' twice; keep one")
-    return ids
-
-
-def first_repeated(values: Sequence[str]) -> str | None:
-    """Return the first value that comes a second time, or None."""
-    seen: set[str] = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    return None

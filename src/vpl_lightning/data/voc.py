@@ -4,44 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 
+from vpl_lightning.archives.annotation import read_annotation
+from vpl_lightning.archives.lists import read_ids
+from vpl_lightning.archives.voc import AUGMENTED, LISTS, OWN, voc_root
 from vpl_lightning.clip import ClassSet
 from vpl_lightning.data.base import SegmentationDataModule
 from vpl_lightning.data.checks import OnBadImage
 from vpl_lightning.data.images import ImageFolder, MaskFolder
 from vpl_lightning.data.index import Entry, TaggedIndex
-from vpl_lightning.data.listing import read_ids
 from vpl_lightning.data.tags import read_label_file
 from vpl_lightning.data.transforms import Augmentation
 from vpl_lightning.errors import ConfigurationError, DataError
 from vpl_lightning.functional.labels import VOID
 
-MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
-"""Folders of masks, the one with SBD's masks first."""
-LISTS = Path("ImageSets/Segmentation")
 LABEL_SOURCES = ("xml", "xml_no_difficult", "mask")
-
-
-@dataclass(frozen=True)
-class VOCAnnotation:
-    """What an XML file says of an image.
-
-    Attributes:
-        size: ``(H, W)``.
-        objects: Class name and ``difficult`` flag of every object, in order.
-    """
-
-    size: tuple[int, int]
-    objects: tuple[tuple[str, bool], ...]
-
-    def names(self, *, difficult: bool = True) -> list[str]:
-        """Return the class names, each once, in order of first appearance (CLIP-ES's order)."""
-        return list(dict.fromkeys(name for name, hard in self.objects if difficult or not hard))
 
 
 class VOCDataModule(SegmentationDataModule):
@@ -160,7 +140,7 @@ class VOCDataModule(SegmentationDataModule):
         if self.masks:
             return [self.root / self.masks]
         return list(
-            dict.fromkeys(base / name for name in MASK_FOLDERS for base in (self.prepared, self.root))
+            dict.fromkeys(base / name for name in (AUGMENTED, OWN) for base in (self.prepared, self.root))
         )
 
     def _read_labels(self, split: str, ids: list[str], *, labelled: bool) -> Mapping[str, list[int]]:
@@ -195,42 +175,3 @@ class VOCDataModule(SegmentationDataModule):
 
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             return dict(pool.map(present, ids))
-
-
-def voc_root(root: str | Path) -> Path:
-    """Find the folder with ``JPEGImages``.
-
-    Raises:
-        ConfigurationError: If it is neither ``root`` nor below it; says where it looked.
-    """
-    places = [Path(root), Path(root) / "VOC2012", Path(root) / "VOCdevkit" / "VOC2012"]
-    for place in places:
-        if (place / "JPEGImages").is_dir():
-            return place
-    raise ConfigurationError(
-        f"data.root='{root}' is no VOC 2012: no folder JPEGImages in {', '.join(map(str, places))}; give the "
-        "path of "
-        "VOC2012 or VOCdevkit"
-    )
-
-
-def read_annotation(path: Path) -> VOCAnnotation:
-    """Read size and objects from an XML file.
-
-    Raises:
-        DataError: If it is missing or not VOC's XML; names it.
-    """
-    try:
-        tree = ElementTree.parse(path).getroot()  # noqa: S314  (expat expands no external entities)
-        size = int(tree.findtext("size/height", "")), int(tree.findtext("size/width", ""))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path} is missing: no image-level labels; restore it, or set data.labels"
-        ) from error
-    except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{path} is not an annotation of VOC: {error}; restore it") from error
-    objects = tuple(
-        (item.findtext("name", "").strip(), item.findtext("difficult", "0").strip() == "1")
-        for item in tree.findall("object")
-    )
-    return VOCAnnotation(size, objects)
