@@ -118,8 +118,8 @@ def receive(source: IO[bytes]) -> tuple[dict[str, Any], list[np.ndarray]] | None
 
 
 def serve(writer: MaskWriter, source: IO[bytes], sink: IO[bytes]) -> None:
-    """Write the masks of jobs until the source ends, and answer each job by its error or none."""
-    while (message := receive(source)) is not None:
+    """Write the masks of jobs until one has no id or the source ends; answer each by its error or none."""
+    while (message := receive(source)) is not None and message[0]["id"] is not None:
         head, (image, classes, cams, affinity) = message
         error = None
         try:
@@ -173,6 +173,8 @@ class WorkerProcess:
         return error
 
     def close(self) -> None:
-        """Let the worker end and wait for it."""
+        """Tell the worker to end, since forks of this process may hold its input open, and wait for it."""
         with suppress(BrokenPipeError):
-            self.process.communicate()
+            if self.process.stdin is not None:
+                send(self.process.stdin, {"id": None})
+        self.process.communicate()

@@ -205,6 +205,33 @@ def test_a_dead_worker_is_named(tmp_path, monkeypatch):
         masks.close()
 
 
+def test_closes_while_somebody_else_holds_the_pipe(tmp_path, monkeypatch):
+    """As a data loader's forked workers do, which inherit every file of the process."""
+    image_id, image, maps = next(images_and_maps())
+    held = []
+
+    class Held(mask_worker.WorkerProcess):
+        def __init__(self, writer):
+            super().__init__(writer)
+            held.append(os.dup(self.process.stdin.fileno()))
+
+    monkeypatch.setattr(mask_stream, "WorkerProcess", Held)
+    with stream(tmp_path, workers=1) as masks:
+        masks.submit(image_id, image, maps)
+    os.close(held[0])
+    assert masks.done_ids() == {image_id}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_without_classes_is_background(tmp_path, workers):
+    _, image, maps = next(images_and_maps())
+    empty = ClassCAMs(maps.classes[:0], maps.cams[:0], maps.affinity[:0], maps.size)
+    with stream(tmp_path, workers=workers, maps_folder=tmp_path / "maps") as masks:
+        masks.submit("empty", image, empty)
+    assert not read_mask(tmp_path / "empty.png").any()
+    assert as_class_cams(read_maps(tmp_path / "maps" / "empty.safetensors")).refined.shape == (0, *maps.size)
+
+
 def test_an_error_in_the_loop_drops_what_waits(tmp_path):
     _, image, maps = next(images_and_maps())
     with pytest.raises(ZeroDivisionError), stream(tmp_path, workers=1, queue_size=50) as masks:  # noqa: PT012
