@@ -185,6 +185,7 @@ def test_sparse_token_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"format": "vpl_lightning.clip/2"}, "this release reads 'vpl_lightning.clip/1'"),
         ({"vocab_size": "100"}, "token table"),
         ({"vocab_size": "many"}, "metadata vocab_size is 'many'"),
         ({"quick_gelu": "yes"}, "metadata quick_gelu is 'yes'"),

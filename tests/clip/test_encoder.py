@@ -324,6 +324,10 @@ def test_wrong_use_is_refused(tiny_encoder: CLIPEncoder) -> None:
         CLIPEncoder(tiny_clip(), heads=7)
     with pytest.raises(ConfigurationError, match="Linear has no visual"):
         CLIPEncoder(nn.Linear(2, 2))
+    skewed = tiny_clip()
+    skewed.visual.grid_size = (3, 5)
+    with pytest.raises(ConfigurationError, match=r"16 patches, which is no grid of \(3, 5\)"):
+        CLIPEncoder(skewed)
     with pytest.raises(ConfigurationError, match="1 block"):
         CLIPEncoder(tiny_clip(layers=1))
     for options, message in (

@@ -76,6 +76,13 @@ def _read_safetensors(path: Path) -> Checkpoint:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+    if (
+        told.get("format", FORMAT).startswith(FORMAT.partition("/")[0])
+        and told.get("format", FORMAT) != FORMAT
+    ):
+        raise WeightsError(
+            f"{path} has format {told['format']!r}, this release reads {FORMAT!r}: update the package"
+        )
     marked = all(key in state for key in MARKERS)
     state = _clean(path, state)
     quick_gelu, evidence = (True, "OpenAI's marker tensors") if marked else (None, "")
@@ -129,7 +136,7 @@ def _read_torchscript(path: Path) -> Checkpoint:
             code = b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".py"))
     except (RuntimeError, zipfile.BadZipFile, ValueError) as error:
         raise WeightsError(f"{path} is not a readable TorchScript archive: {error}") from error
-    plain = b"gelu(" in code
+    plain = b"torch.gelu(" in code
     evidence = "the archive's code calls gelu" if plain else "a TorchScript archive as OpenAI publishes them"
     return Checkpoint(path, _clean(path, state), quick_gelu=not plain, evidence=evidence)
 

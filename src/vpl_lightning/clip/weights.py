@@ -87,13 +87,18 @@ def load_open_clip(name: str, pretrained: str | None) -> tuple[Any, Any]:
     config = open_clip.get_model_config(name)
     if config is None:
         raise WeightsError(f"open_clip has no model '{name}'; see open_clip.list_models()")
-    tokenizer = open_clip.get_tokenizer(name)
+    return _open_clip_model(name, config, pretrained), open_clip.get_tokenizer(name)
+
+
+def _open_clip_model(name: str, config: Mapping[str, Any], pretrained: str | None) -> Any:
+    import open_clip
+
     quick_gelu = bool(config.get("quick_gelu", False))
     if pretrained is None:
-        warnings.warn(f"open_clip model '{name}' without pretrained weights: they are random", stacklevel=3)
-        return open_clip.create_model(name), tokenizer
+        warnings.warn(f"open_clip model '{name}' without pretrained weights: they are random", stacklevel=4)
+        return open_clip.create_model(name)
     if Path(pretrained).is_file():
-        return _load_named(name, config, Path(pretrained)), tokenizer
+        return _load_named(name, config, Path(pretrained))
     tags = open_clip.list_pretrained_tags_by_model(name)
     told = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
     if not told:
@@ -108,7 +113,7 @@ def load_open_clip(name: str, pretrained: str | None) -> tuple[Any, Any]:
             f"{_name(quick_gelu)}: use '{other}'"
         )
     try:
-        return open_clip.create_model(name, pretrained=pretrained, require_pretrained=True), tokenizer
+        return open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
     except Exception as error:
         raise WeightsError(
             f"open_clip could not get the weights '{pretrained}' of '{name}': {error}; "
