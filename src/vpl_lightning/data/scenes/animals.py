@@ -10,7 +10,14 @@ DARK = (0.06, 0.06, 0.07)
 
 
 def _legs(
-    rng: np.random.Generator, *, front: float, back: float, top: float, foot: float, width: float, colour: tuple[float, float, float]
+    rng: np.random.Generator,
+    *,
+    front: float,
+    back: float,
+    top: float,
+    foot: float,
+    width: float,
+    colour: tuple[float, float, float],
 ) -> list[Part]:
     """Return four legs in a random phase of walking; the far pair is darker and comes first."""
     parts: list[Part] = []
@@ -31,7 +38,9 @@ def bird(rng: np.random.Generator) -> list[Part]:
     flying = rng.random() < 0.6
     if flying:
         lift = rng.uniform(0.6, 1.0) * (1.0 if rng.random() < 0.3 else -1.0)
-        parts.append(polygon([(-0.12, -0.05), (0.30, -0.05), (-0.05, lift * 0.9), (-0.35, lift)], shade(wing, 0.8)))
+        parts.append(
+            polygon([(-0.12, -0.05), (0.30, -0.05), (-0.05, lift * 0.9), (-0.35, lift)], shade(wing, 0.8))
+        )
     else:
         parts += [limb(x, 0.2, x + rng.uniform(-0.08, 0.08), 0.78, 0.06, 0.06, beak) for x in (-0.08, 0.12)]
     parts.append(ellipse(0.0, 0.0, 0.58, 0.30, body, turn=rng.uniform(-0.3, 0.1)))
@@ -56,7 +65,9 @@ def horse(rng: np.random.Generator) -> list[Part]:
     parts.append(limb(0.45, -0.10, hx, hy, 0.42, 0.20, body))
     parts.append(limb(0.30, -0.25, hx - 0.10, hy - 0.10, 0.14, 0.12, mane))
     parts.append(limb(hx - 0.06, hy - 0.02, hx + 0.26, hy + 0.26, 0.26, 0.17, shade(body, 1.1)))
-    parts.append(polygon([(hx - 0.12, hy - 0.08), (hx - 0.06, hy - 0.28), (hx + 0.04, hy - 0.08)], shade(body, 0.8)))
+    parts.append(
+        polygon([(hx - 0.12, hy - 0.08), (hx - 0.06, hy - 0.28), (hx + 0.04, hy - 0.08)], shade(body, 0.8))
+    )
     parts.append(ellipse(hx + 0.03, hy, 0.04, 0.04, DARK))
     return parts
 
@@ -82,7 +93,7 @@ def dog(rng: np.random.Generator) -> list[Part]:
 
 
 def cat(rng: np.random.Generator) -> list[Part]:
-    """Return a cat, facing us: round head, pointed ears, whiskers, curled tail, often striped; sitting or lying."""
+    """Return a cat that faces us: round head, pointed ears, curled tail, often stripes; sitting or lying."""
     fur = coat(rng)
     stripe, eye = shade(fur, 0.55), ((0.45, 0.85, 0.25) if rng.random() < 0.6 else (0.95, 0.80, 0.20))
     sitting = rng.random() < 0.6
@@ -105,5 +116,7 @@ def cat(rng: np.random.Generator) -> list[Part]:
     for side in (-1.0, 1.0):
         parts.append(ellipse(hx + side * 0.16, hy - 0.06, 0.08, 0.09, eye))
         parts.append(ellipse(hx + side * 0.16, hy - 0.06, 0.03, 0.08, DARK))
-    parts.append(polygon([(hx - 0.06, hy + 0.08), (hx + 0.06, hy + 0.08), (hx, hy + 0.16)], (0.90, 0.50, 0.50)))
+    parts.append(
+        polygon([(hx - 0.06, hy + 0.08), (hx + 0.06, hy + 0.08), (hx, hy + 0.16)], (0.90, 0.50, 0.50))
+    )
     return parts

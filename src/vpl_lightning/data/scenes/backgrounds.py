@@ -22,12 +22,14 @@ def smooth_noise(rng: np.random.Generator, size: int, cells_y: int, cells_x: int
 
 def _tint(rng: np.random.Generator, colour: tuple[float, float, float], spread: float = 0.05) -> Canvas:
     common = rng.normal(0.0, spread)
-    return (np.array(colour) + common + rng.normal(0.0, spread * 0.7, 3)).astype(np.float32)
+    tone: Canvas = (np.array(colour) + common + rng.normal(0.0, spread * 0.7, 3)).astype(np.float32)
+    return tone
 
 
-def _mix(first: Canvas, second: Canvas, share: Canvas) -> Canvas:
+def _mix(first: Canvas, second: Canvas, share: npt.NDArray[np.floating]) -> Canvas:
     weight = np.clip(share, 0.0, 1.0)[..., None]
-    return (first * (1.0 - weight) + second * weight).astype(np.float32)
+    mixed: Canvas = (first * (1.0 - weight) + second * weight).astype(np.float32)
+    return mixed
 
 
 def _axes(size: int) -> tuple[Canvas, Canvas]:
@@ -39,7 +41,9 @@ def water(rng: np.random.Generator, size: int) -> Canvas:
     """Return rippled water with bright crests."""
     y, x = _axes(size)
     bend = 0.02 * smooth_noise(rng, size, 4, 6)
-    phase = (y + bend) * rng.uniform(60.0, 110.0) + 2.0 * np.sin(x * rng.uniform(6.0, 16.0) + rng.uniform(0.0, 6.0))
+    phase = (y + bend) * rng.uniform(60.0, 110.0) + 2.0 * np.sin(
+        x * rng.uniform(6.0, 16.0) + rng.uniform(0.0, 6.0)
+    )
     crest = 0.5 + 0.5 * np.sin(phase) + 0.25 * smooth_noise(rng, size, 28, 9)
     deep = _tint(rng, ((0.08, 0.28, 0.48), (0.10, 0.40, 0.46), (0.22, 0.32, 0.42))[rng.integers(3)])
     return _mix(deep, deep + 0.28, crest * rng.uniform(0.5, 1.0))
@@ -77,7 +81,9 @@ def road(rng: np.random.Generator, size: int) -> Canvas:
     """Return asphalt with dashed or solid lane markings, level or upright."""
     y, x = _axes(size)
     tar = _tint(rng, (0.32, 0.32, 0.34)) + 0.04 * rng.standard_normal((size, size, 1), dtype=np.float32)
-    paint = _tint(rng, (0.92, 0.92, 0.88), 0.03) if rng.random() < 0.7 else _tint(rng, (0.90, 0.74, 0.20), 0.03)
+    paint = (
+        _tint(rng, (0.92, 0.92, 0.88), 0.03) if rng.random() < 0.7 else _tint(rng, (0.90, 0.74, 0.20), 0.03)
+    )
     u, v = (y, x) if rng.random() < 0.65 else (x, y)
     u = u + rng.uniform(-0.15, 0.15) * v
     dashes = ((v * rng.uniform(3.0, 5.0) + rng.uniform()) % 1.0) < 0.6
@@ -124,7 +130,9 @@ def wall(rng: np.random.Generator, size: int) -> Canvas:
     """Return a wall of bricks, striped paper, tiles or plaster in any light colour."""
     y, x = _axes(size)
     kind = int(rng.integers(4))
-    base = _tint(rng, ((0.62, 0.30, 0.22), (0.80, 0.72, 0.60), (0.72, 0.80, 0.78), (0.82, 0.78, 0.80))[kind], 0.06)
+    base = _tint(
+        rng, ((0.62, 0.30, 0.22), (0.80, 0.72, 0.60), (0.72, 0.80, 0.78), (0.82, 0.78, 0.80))[kind], 0.06
+    )
     rows = rng.uniform(8.0, 13.0)
     if kind == 0:
         line = np.floor(y * rows)
@@ -135,7 +143,11 @@ def wall(rng: np.random.Generator, size: int) -> Canvas:
         joint = ((x * rows * 0.7) % 1.0 < 0.08) | ((y * rows * 0.7) % 1.0 < 0.08)
     else:
         joint = np.zeros((size, size), dtype=np.bool_)
-    tone = base + 0.03 * smooth_noise(rng, size, 6, 6)[..., None] + 0.03 * smooth_noise(rng, size, size // 3, size // 3)[..., None]
+    tone = (
+        base
+        + 0.03 * smooth_noise(rng, size, 6, 6)[..., None]
+        + 0.03 * smooth_noise(rng, size, size // 3, size // 3)[..., None]
+    )
     return _mix(tone.astype(np.float32), base * (0.80 if kind else 1.35), joint.astype(np.float32))
 
 

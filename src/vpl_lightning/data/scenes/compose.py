@@ -38,10 +38,10 @@ COUNT_SHARES = (0.55, 0.32, 0.13)
 """Shares of scenes with one, two and three classes."""
 
 RADIUS_SHARES = ((0.30, 0.52), (0.22, 0.38), (0.18, 0.30))
-"""Smallest and largest half width of objects, as shares of the image side, in scenes with one, two and three classes."""
+"""Smallest and largest half width of objects as shares of the image side: with one, two, three classes."""
 
 MIN_VISIBLE_SHARE = 0.35
-"""A class must keep this share of its pixels in front of later objects, or the later object is placed again."""
+"""Share of its pixels that a class must keep visible, or the object that hides it is placed again."""
 
 MIN_VISIBLE_PIXELS = 40
 """Fewest pixels that a class shows at 112 px; scaled with the area of the image."""
@@ -84,9 +84,13 @@ def _choose(rng: np.random.Generator) -> tuple[list[int], str]:
 
 
 def _place(
-    rng: np.random.Generator, image: npt.NDArray[np.float32], mask: npt.NDArray[np.uint8], label: int, radii: tuple[float, float]
+    rng: np.random.Generator,
+    image: npt.NDArray[np.float32],
+    mask: npt.NDArray[np.uint8],
+    label: int,
+    radii: tuple[float, float],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]] | None:
-    """Return image and mask with one more object in front, or ``None`` if it would hide another or hardly show."""
+    """Return image and mask with one more object in front; ``None`` if it hides another or hardly shows."""
     size = mask.shape[0]
     radius = rng.uniform(*radii) * size
     margin = radius * 0.75

@@ -49,18 +49,20 @@ def _texture(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
     line = np.linspace(-1.0, 1.0, size, dtype=np.float32)
     angle = rng.uniform(0.0, 2.0 * np.pi)
     ramp = np.cos(angle) * line[:, None] + np.sin(angle) * line[None, :]
-    factor = 1.0 + rng.uniform(0.05, 0.3) * ramp
+    factor: npt.NDArray[np.float32] = (1.0 + rng.uniform(0.05, 0.3) * ramp).astype(np.float32)
     kind = int(rng.integers(4))
     if kind == 0:
-        factor = factor + rng.uniform(0.05, 0.15) * np.sin(rng.uniform(40.0, 90.0) * ramp)
+        factor += (rng.uniform(0.05, 0.15) * np.sin(rng.uniform(40.0, 90.0) * ramp)).astype(np.float32)
     elif kind == 1:
-        factor = factor + rng.uniform(0.06, 0.14) * smooth_noise(rng, size, 14, 14)
+        factor += rng.uniform(0.06, 0.14) * smooth_noise(rng, size, 14, 14)
     elif kind == 2:
-        factor = factor + 0.07 * rng.standard_normal((size, size), dtype=np.float32)
-    return factor.astype(np.float32)
+        factor += np.float32(0.07) * rng.standard_normal((size, size), dtype=np.float32)
+    return factor
 
 
-def draw_object(rng: np.random.Generator, name: str, *, size: int, centre: tuple[float, float], radius: float) -> Drawing:
+def draw_object(
+    rng: np.random.Generator, name: str, *, size: int, centre: tuple[float, float], radius: float
+) -> Drawing:
     """Draw one object of class ``name``.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ ELLIPSE_CORNERS = 20
 
 @dataclass(frozen=True)
 class Part:
-    """One painted polygon of an object: corners (x right, y down, object about 2 units wide) and colour in [0, 1]."""
+    """One polygon of an object: corners (x right, y down, object about 2 wide) and colour in [0, 1]."""
 
     points: Points
     colour: RGB
@@ -32,7 +33,9 @@ def ellipse(x: float, y: float, rx: float, ry: float, colour: RGB, *, turn: floa
 
 def box(left: float, top: float, right: float, bottom: float, colour: RGB) -> Part:
     """Return an axis-parallel rectangle."""
-    return Part(np.array([[left, top], [right, top], [right, bottom], [left, bottom]], dtype=np.float64), colour)
+    return Part(
+        np.array([[left, top], [right, top], [right, bottom], [left, bottom]], dtype=np.float64), colour
+    )
 
 
 def polygon(corners: list[tuple[float, float]], colour: RGB) -> Part:
@@ -55,7 +58,7 @@ def limb(x0: float, y0: float, x1: float, y1: float, width0: float, width1: floa
 
 def curve(points: list[tuple[float, float]], width: float, colour: RGB) -> list[Part]:
     """Return bars joining ``points``: bent tails and handles."""
-    return [limb(*a, *b, width, width, colour) for a, b in zip(points[:-1], points[1:], strict=True)]
+    return [limb(*a, *b, width, width, colour) for a, b in pairwise(points)]
 
 
 def shade(colour: RGB, factor: float) -> RGB:
@@ -68,7 +71,10 @@ def paint(rng: np.random.Generator) -> RGB:
     """Return a random colour of man-made things: any hue, mostly saturated, sometimes grey."""
     hue, value = rng.uniform(0.0, 6.0), rng.uniform(0.35, 1.0)
     saturation = rng.uniform(0.45, 1.0) if rng.random() < 0.8 else rng.uniform(0.0, 0.15)
-    channel = [value * (1.0 - saturation * min(1.0, max(0.0, abs((hue + k) % 6.0 - 3.0) - 1.0))) for k in (3.0, 1.0, 5.0)]
+    channel = [
+        value * (1.0 - saturation * min(1.0, max(0.0, abs((hue + k) % 6.0 - 3.0) - 1.0)))
+        for k in (3.0, 1.0, 5.0)
+    ]
     return channel[0], channel[1], channel[2]
 
 
@@ -85,5 +91,7 @@ COATS: tuple[RGB, ...] = (
 
 def coat(rng: np.random.Generator) -> RGB:
     """Return a random colour of fur, one of ``COATS`` with some variation."""
-    red, green, blue = np.clip(np.array(COATS[rng.integers(len(COATS))]) + rng.normal(0.0, 0.05, 3), 0.05, 1.0).tolist()
+    red, green, blue = np.clip(
+        np.array(COATS[rng.integers(len(COATS))]) + rng.normal(0.0, 0.05, 3), 0.05, 1.0
+    ).tolist()
     return red, green, blue

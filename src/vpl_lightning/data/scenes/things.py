@@ -30,7 +30,11 @@ def train(rng: np.random.Generator) -> list[Part]:
         left = -1.2 + index * length
         right = left + length - 0.05
         tone = body if index == coaches else shade(body, rng.uniform(0.75, 1.2))
-        parts += [box(left, -0.40, right, 0.28, tone), box(left, -0.48, right, -0.36, roof), box(left, 0.10, right, 0.17, roof)]
+        parts += [
+            box(left, -0.40, right, 0.28, tone),
+            box(left, -0.48, right, -0.36, roof),
+            box(left, 0.10, right, 0.17, roof),
+        ]
         for x in np.linspace(left + 0.12, right - 0.12, 4 - coaches + 1):
             parts.append(box(x - 0.08, -0.26, x + 0.08, 0.0, glass))
         for x in np.linspace(left + 0.14, right - 0.14, 3):
@@ -69,12 +73,33 @@ def car(rng: np.random.Generator) -> list[Part]:
     make = int(rng.integers(3))
     roof_left, roof_right = ((-0.45, 0.30), (-0.92, 0.42), (-0.05, 0.42))[make]
     cabin_left = (-0.78, -0.98, -0.14)[make]
-    parts = [polygon([(cabin_left, -0.05), (roof_left, -0.50), (roof_right, -0.50), (0.66, -0.05)], shade(body, 0.9))]
+    parts = [
+        polygon(
+            [(cabin_left, -0.05), (roof_left, -0.50), (roof_right, -0.50), (0.66, -0.05)], shade(body, 0.9)
+        )
+    ]
     middle = (roof_left + roof_right) / 2.0
-    parts.append(polygon([(cabin_left + 0.16, -0.06), (roof_left + 0.06, -0.42), (middle - 0.03, -0.42), (middle - 0.03, -0.06)], glass))
-    parts.append(polygon([(middle + 0.05, -0.06), (middle + 0.05, -0.42), (roof_right - 0.04, -0.42), (0.52, -0.06)], glass))
+    parts.append(
+        polygon(
+            [
+                (cabin_left + 0.16, -0.06),
+                (roof_left + 0.06, -0.42),
+                (middle - 0.03, -0.42),
+                (middle - 0.03, -0.06),
+            ],
+            glass,
+        )
+    )
+    parts.append(
+        polygon(
+            [(middle + 0.05, -0.06), (middle + 0.05, -0.42), (roof_right - 0.04, -0.42), (0.52, -0.06)], glass
+        )
+    )
     parts.append(polygon([(-1.02, -0.06), (0.72, -0.08), (1.06, 0.06), (1.08, 0.34), (-1.04, 0.34)], body))
-    parts += [ellipse(1.0, 0.10, 0.07, 0.07, (1.0, 0.95, 0.60)), box(-1.05, 0.02, -0.96, 0.14, (0.85, 0.10, 0.10))]
+    parts += [
+        ellipse(1.0, 0.10, 0.07, 0.07, (1.0, 0.95, 0.60)),
+        box(-1.05, 0.02, -0.96, 0.14, (0.85, 0.10, 0.10)),
+    ]
     parts += _wheel(-0.58, 0.36, 0.23) + _wheel(0.60, 0.36, 0.23)
     return parts
 
@@ -83,12 +108,20 @@ def plane(rng: np.random.Generator) -> list[Part]:
     """Return a plane: slender fuselage, swept wings, tail fin, a row of windows and a painted stripe."""
     body = (0.93, 0.93, 0.95) if rng.random() < 0.5 else paint(rng)
     trim, sweep = paint(rng), rng.uniform(0.30, 0.60)
-    parts = [polygon([(0.25, -0.08), (-0.05, -0.08), (-0.20 - sweep, -0.75), (-0.05 - sweep, -0.75)], shade(body, 0.7))]
+    parts = [
+        polygon(
+            [(0.25, -0.08), (-0.05, -0.08), (-0.20 - sweep, -0.75), (-0.05 - sweep, -0.75)], shade(body, 0.7)
+        )
+    ]
     parts.append(polygon([(-0.72, -0.05), (-1.02, -0.60), (-1.20, -0.60), (-1.10, 0.0)], trim))
     parts.append(ellipse(0.0, 0.0, 1.18, 0.19, body))
     parts.append(box(-0.85, 0.02, 0.95, 0.08, trim))
     parts += [box(x, -0.10, x + 0.06, -0.03, (0.20, 0.26, 0.34)) for x in np.linspace(-0.6, 0.7, 8)]
-    parts.append(polygon([(0.35, 0.06), (-0.10, 0.06), (-0.30 - sweep, 0.85), (-0.10 - sweep, 0.85)], shade(body, 0.85)))
+    parts.append(
+        polygon(
+            [(0.35, 0.06), (-0.10, 0.06), (-0.30 - sweep, 0.85), (-0.10 - sweep, 0.85)], shade(body, 0.85)
+        )
+    )
     parts.append(ellipse(0.05, 0.42, 0.16, 0.08, trim))
     parts.append(polygon([(-0.85, 0.02), (-1.05, 0.02), (-1.25, 0.28), (-1.10, 0.28)], shade(body, 0.8)))
     return parts
@@ -107,7 +140,9 @@ def chair(rng: np.random.Generator) -> list[Part]:
     elif make == 1:
         parts += [limb(-0.45 + lean, y, 0.55 + lean, y, 0.13, 0.13, frame) for y in (-0.62, -0.32)]
     else:
-        parts.append(polygon([(-0.45 + lean, -0.92), (0.55 + lean, -0.92), (0.55, -0.15), (-0.45, -0.15)], cushion))
+        parts.append(
+            polygon([(-0.45 + lean, -0.92), (0.55 + lean, -0.92), (0.55, -0.15), (-0.45, -0.15)], cushion)
+        )
     parts.append(limb(-0.52 + lean, -0.94, 0.62 + lean, -0.94, 0.14, 0.14, shade(frame, 1.1)))
     parts.append(polygon([(-0.50, 0.02), (0.60, 0.02), (0.48, 0.28), (-0.68, 0.28)], cushion))
     parts += [limb(x, 0.26, x + 0.02, 1.0, leg * 1.1, leg * 0.9, frame) for x in (-0.60, 0.40)]
@@ -125,7 +160,9 @@ def umbrella(rng: np.random.Generator) -> list[Part]:
     for index in range(panels):
         left, right = float(edges[index]), float(edges[index + 1])
         rim = np.linspace(np.pi, 0.0, 7)
-        corners = [((left + right) / 2 + (right - left) / 2 * np.cos(t), -0.06 - 0.09 * np.sin(t)) for t in rim]
+        corners = [
+            ((left + right) / 2 + (right - left) / 2 * np.cos(t), -0.06 - 0.09 * np.sin(t)) for t in rim
+        ]
         side = [(x * np.cos(t), -0.06 - height * np.sin(t)) for x, t in ((right, 0.6), (right, 1.1))]
         top = [(0.0, -0.06 - height)]
         other = [(x * np.cos(t), -0.06 - height * np.sin(t)) for x, t in ((left, 1.1), (left, 0.6))]
