@@ -1,6 +1,7 @@
 """A small CLIP for photographs: a frozen ImageNet stem in front of a few transformer blocks.
 
-`benchmarks/train_photo_clip.py` trains it; the library takes it as it takes any CLIP whose stem is another module:
+`benchmarks/train_photo_clip.py` trains it; the library takes it like any CLIP whose stem is another
+module:
 
     encoder:
       factory: benchmarks.photo_clip:load_photo_clip
@@ -12,7 +13,6 @@ The stem's weights are not in the file: they come from the package `efficientnet
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -49,7 +49,7 @@ class PhotoCLIPConfig:
         grid: Patches a side at the training size.
         width: V of the vision blocks; ``layers`` of them, heads of ``head_width``.
         embed_dim: D.
-        levels: Stages of the stem whose output is used: 3 has stride 16 and 112 channels, 4 stride 32 and 320.
+        levels: Stages of the stem whose output is used: 3 has stride 16 (112 channels), 4 has 32 (320).
         text_width: Width of the text blocks; ``text_layers`` of them with ``text_heads`` heads.
         context_length: Tokens of the longest caption.
     """
@@ -138,7 +138,7 @@ def build_photo_clip(config: PhotoCLIPConfig) -> Any:
 def save_photo_clip(
     model: Any, config: PhotoCLIPConfig, path: Path, *, tokens: Tensor, notes: Mapping[str, str]
 ) -> None:
-    """Write a model in half precision, without the stem's backbone and without token rows that were never trained.
+    """Write a model in half precision, without the stem's backbone and token rows that were never trained.
 
     Args:
         model: From :func:`build_photo_clip`.
@@ -158,7 +158,7 @@ def save_photo_clip(
     state["token_embedding.rows"] = state.pop(TOKENS)[tokens].contiguous()
     partial = path.with_suffix(".partial")
     save_file(state, partial, metadata={"format": FORMAT, "config": json.dumps(asdict(config)), **notes})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_photo_clip(path: str, **options: Any) -> CLIPEncoder:
