@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vpl_lightning.clip import preprocess, text, weights
 from vpl_lightning.clip.class_sets import ClassSet
 from vpl_lightning.clip.geometry import read_geometry
-from vpl_lightning.clip.tower import DenseKind, VisionTower
+from vpl_lightning.clip.tower import DenseKind as DenseKind
+from vpl_lightning.clip.tower import VisionTower
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional import vit
 from vpl_lightning.structures import EncodedImages, ImageArray
