@@ -8,6 +8,9 @@ from vpl_lightning.cli.baselines import list_baselines
 from vpl_lightning.cli.evaluate import evaluate
 from vpl_lightning.cli.prepare import prepare_coco, prepare_folder, prepare_voc
 
+FLAGS = ("--verify",)
+"""Options that may be given without a value."""
+
 
 def run_tool(words: list[str]) -> int:
     """Parse and run one of the tools; jsonargparse ends wrong use with exit code 2."""
@@ -16,4 +19,12 @@ def run_tool(words: list[str]) -> int:
         "evaluate": evaluate,
         "baselines": list_baselines,
     }
-    return int(auto_cli(components, args=words, as_positional=True) or 0)
+    return int(auto_cli(components, args=spell_flags(words), as_positional=True) or 0)
+
+
+def spell_flags(words: list[str]) -> list[str]:
+    """Give flags their value: ``--verify`` alone means ``--verify true``."""
+    return [
+        f"{word}=true" if word in FLAGS and following not in ("true", "false") else word
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+    ]
