@@ -6,7 +6,8 @@ number of ranks and wherever an earlier run was stopped, so that every product i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vpl_lightning.clip import resize_to_patches
 from vpl_lightning.data import Sample, TaggedImages
+from vpl_lightning.data.checks import ranks
 from vpl_lightning.structures import ImageArray
 
 
@@ -79,3 +81,46 @@ class BlockPlan:
         )
         for index, items in zip(blocks, loader, strict=True):
             yield Block(index, [sample for sample, _ in items], [resized for _, resized in items])
+
+
+class BlockLoader:
+    """Blocks of this rank as Lightning's loops want a loader: an iterable with a length.
+
+    Args:
+        images: The data set.
+        size: Images a block.
+        patch_size: Of the encoder.
+        done: Returns ids that need no work any more; blocks of such images alone are not decoded. Asked once.
+        num_workers: Processes that decode.
+    """
+
+    def __init__(
+        self,
+        images: TaggedImages,
+        *,
+        size: int,
+        patch_size: int,
+        done: Callable[[], Collection[str]],
+        num_workers: int = 0,
+    ) -> None:
+        self.images = images
+        self.size = size
+        self.patch_size = patch_size
+        self.num_workers = num_workers
+        self._done = done
+
+    @cached_property
+    def _work(self) -> tuple[BlockPlan, list[int]]:
+        rank, world_size = ranks()
+        plan = BlockPlan(self.images, size=self.size, rank=rank, world_size=world_size)
+        done = set(self._done())
+        return plan, [block for block in plan.pending(set()) if not done.issuperset(plan.ids(block))]
+
+    def __len__(self) -> int:
+        """Blocks of this rank that are left."""
+        return len(self._work[1])
+
+    def __iter__(self) -> Iterator[Block]:
+        """Decode them in order."""
+        plan, blocks = self._work
+        return plan.load(blocks, patch_size=self.patch_size, num_workers=self.num_workers)

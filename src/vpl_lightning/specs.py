@@ -74,7 +74,9 @@ class EncoderSpec:
             raise ConfigurationError(f"encoder.factory={factory!r} cannot be imported: {error}") from error
         encoder = build(**self.factory_options)
         if not isinstance(encoder, CLIPEncoder):
-            raise ConfigurationError(f"encoder.factory={factory!r} returned {type(encoder).__name__}, not a CLIPEncoder")
+            raise ConfigurationError(
+                f"encoder.factory={factory!r} returned {type(encoder).__name__}, not a CLIPEncoder"
+            )
         return encoder
 
 

@@ -36,7 +36,9 @@ class VPLCLI(LightningCLI):
     def _require_checkpoint(self, command: str) -> None:
         options = self.config[command]
         if options.get("ckpt_path") is None:
-            options["ckpt_path"] = self.config_init[command]["ckpt_path"] = str(self.model.latest_checkpoint(self.trainer))
+            options["ckpt_path"] = self.config_init[command]["ckpt_path"] = str(
+                self.model.latest_checkpoint(self.trainer)
+            )
 
 
 def run_trainer(args: ArgsType) -> None:

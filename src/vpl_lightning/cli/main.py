@@ -40,7 +40,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"vpl_lightning {__version__}")
         return 0
     if words[0] not in {**TRAINER_COMMANDS, **TOOL_COMMANDS}:
-        return _complain(f"unknown command '{words[0]}'; choose from {', '.join({**TRAINER_COMMANDS, **TOOL_COMMANDS})}", WRONG_USE)
+        return _complain(
+            f"unknown command '{words[0]}'; choose from {', '.join({**TRAINER_COMMANDS, **TOOL_COMMANDS})}",
+            WRONG_USE,
+        )
     try:
         return _run(words)
     except (ConfigurationError, WeightsError) as error:

@@ -1,0 +1,405 @@
+"""Phase 1 as a LightningModule: collect patches, learn vision prototypes, score them, make pseudo-masks with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
+
+from vpl_lightning.artifacts import Manifest, fingerprint, read_prototypes, write_prototypes
+from vpl_lightning.block_store import BlockStore, StoredPixels
+from vpl_lightning.blocks import Block, BlockLoader, BlockPlan
+from vpl_lightning.cams import CAMGenerator
+from vpl_lightning.clip import ClassSet, class_set
+from vpl_lightning.collect import PatchSelector
+from vpl_lightning.data import EvaluationBatch, SegmentationDataModule, TaggedImages
+from vpl_lightning.data.checks import ranks
+from vpl_lightning.errors import ConfigurationError, DataError
+from vpl_lightning.functional.columns import Columns
+from vpl_lightning.functional.gap import gap_centroid, gap_cos
+from vpl_lightning.functional.prototypes import PrototypeObjective
+from vpl_lightning.functional.recipe import PrototypeRecipe
+from vpl_lightning.functional.solvers import PrototypeSolver
+from vpl_lightning.functional.targets import inverse_class_frequency
+from vpl_lightning.mask_stream import PseudoMaskStream
+from vpl_lightning.masks import MaskConfig
+from vpl_lightning.specs import EncoderSpec, GeneratorSpec
+from vpl_lightning.tasks.base import SegmentationTask
+from vpl_lightning.tasks.localisation_scores import LocalisationScores, RegionSums
+
+VERSION = 1
+"""Version of the code of this stage, part of every fingerprint: raise it when prototypes come out differently."""
+CHECKPOINT_STEPS = 50
+"""Solver steps between checkpoints."""
+Kind = Literal["text", "vision"]
+
+
+class VisionPrototypeModule(SegmentationTask):
+    """Learns vision prototypes from images and tags; the prototypes then stand in for text in the same generator.
+
+    ``fit`` passes once over the training images, stores features and targets of the selected patches, and takes
+    ``recipe.solver.steps`` full-batch optimiser steps. ``validate`` and ``test`` score the maps of text and of vision
+    prototypes. ``predict`` writes pseudo-masks. Products go below ``trainer.default_root_dir``.
+
+    Args:
+        encoder: Where the frozen CLIP comes from.
+        generator: Which CAM generator, with its options.
+        classes: Class set; None takes the data module's.
+        recipe: All that decides what is learnt; or the name of a preset, ``default`` or ``paper``.
+        text_scale: Factor of the cosines in the generator's softmax for text; None takes CLIP's own (100).
+        masks: How refined maps become pseudo-masks.
+        mask_workers: Processes that make masks; None: one a core.
+        keep_maps: Also store patch-grid maps, a few kB an image.
+        score_masks: Whether ``validate`` and ``test`` also score pseudo-masks (two dense CRFs an image).
+        block_size: Images a block: the unit of batching, writing and resuming.
+        batch_size: At most so many images of equal grid go through the encoder at once.
+        num_workers: Processes that decode images of phase 1.
+    """
+
+    stage: ClassVar[str] = "prototypes"
+
+    def __init__(
+        self,
+        *,
+        encoder: EncoderSpec = EncoderSpec(),
+        generator: GeneratorSpec = GeneratorSpec(),
+        classes: str | None = None,
+        recipe: Literal["default", "paper"] | PrototypeRecipe = "default",
+        text_scale: float | None = None,
+        masks: MaskConfig = MaskConfig(),
+        mask_workers: int | None = None,
+        keep_maps: bool = False,
+        score_masks: bool = False,
+        block_size: int = 32,
+        batch_size: int = 8,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for key, value in (("block_size", block_size), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigurationError(f"model.{key}={value} must be at least 1")
+        self.hold(encoder=encoder.build())
+        self.generator: CAMGenerator
+        self.generator_spec = generator
+        self.recipe = PrototypeRecipe.preset(recipe) if isinstance(recipe, str) else recipe
+        self.text_scale = text_scale or self.encoder.logit_scale
+        self.masks, self.mask_workers, self.keep_maps = masks, mask_workers, keep_maps
+        self.score_masks = score_masks
+        self.block_size, self.batch_size, self.num_workers = block_size, batch_size, num_workers
+        self.objective: PrototypeObjective | None = None
+        self._stream: PseudoMaskStream | None = None
+        if classes is not None:
+            self.attach(class_set(classes))
+
+    def attach(self, classes: ClassSet) -> None:
+        """Build the generator for a class set; called with the data module's unless one was given.
+
+        Raises:
+            ConfigurationError: If another class set is attached already.
+        """
+        if hasattr(self, "generator"):
+            if self.classes.foreground != classes.foreground:
+                raise ConfigurationError(
+                    f"model.classes is '{self.classes.name}' with {len(self.classes.foreground)} classes, the data "
+                    f"has '{classes.name}' with {len(classes.foreground)}: leave model.classes out"
+                )
+            return
+        self.hold(generator=self.generator_spec.build(self.encoder, classes))
+        self.classes = classes
+        self.columns = Columns(
+            len(classes.foreground), len(classes.background), self.recipe.targets.background
+        )
+        self.rows = nn.Parameter(self.columns.reduce(self.generator.text_prototypes).double())
+
+    @property
+    def prototypes(self) -> Float[Tensor, "C D"]:
+        """The vision prototypes as they stand, unit rows, float32, foreground first."""
+        return self.columns.expand(self.rows.detach(), self.generator.text_prototypes)
+
+    @contextmanager
+    def using(self, kind: Kind) -> Iterator[CAMGenerator]:
+        """Give the generator one kind of prototypes, with the scale that goes with it."""
+        text = kind == "text"
+        self.generator.prototypes = self.generator.text_prototypes if text else self.prototypes
+        self.generator.scale = self.text_scale if text else self.recipe.scale
+        yield self.generator
+
+    # Files of a run, and what they depend on.
+
+    @staticmethod
+    def prototype_file(root: str | Path) -> Path:
+        """Where a run keeps its prototypes."""
+        return Path(root) / "prototypes.safetensors"
+
+    @staticmethod
+    def mask_folder(root: str | Path) -> Path:
+        """Where a run keeps its pseudo-masks."""
+        return Path(root) / "pseudo_masks"
+
+    def settings(self, datamodule: SegmentationDataModule | None) -> dict[str, Any]:
+        """Return all that the vision prototypes depend on."""
+        data = {} if datamodule is None else self._map_settings(datamodule)
+        return {**data, "text_scale": self.text_scale, "recipe": asdict(self.recipe)}
+
+    def patch_settings(self, datamodule: SegmentationDataModule) -> dict[str, Any]:
+        """Return all that the selected patches depend on."""
+        recipe = asdict(self.recipe)
+        kept = {key: recipe[key] for key in ("features", "seeds", "targets", "seed")}
+        return {**self._map_settings(datamodule), "text_scale": self.text_scale, "recipe": kept}
+
+    def mask_settings(self, datamodule: SegmentationDataModule) -> dict[str, Any]:
+        """Return all that the maps made with the vision prototypes depend on."""
+        rows = self.prototypes.cpu().contiguous().numpy().tobytes()
+        found = {"prototypes": hashlib.sha256(rows).hexdigest(), "scale": self.recipe.scale}
+        return {**self._map_settings(datamodule), **found}
+
+    def _map_settings(self, datamodule: SegmentationDataModule) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "encoder": self.encoder.fingerprint(),
+            "classes": self.classes.to_dict(),
+            "generator": asdict(self.generator_spec),
+            "data": datamodule.fingerprint("train"),
+            "blocks": [self.block_size, self.batch_size],
+        }
+
+    def load_prototypes(self, path: str | Path) -> None:
+        """Take the vision prototypes of a file.
+
+        Raises:
+            DataError: If the file is unreadable or has another shape.
+        """
+        stored = read_prototypes(path).prototypes
+        if stored.shape != self.generator.text_prototypes.shape:
+            raise DataError(
+                f"{path}: prototypes of shape {tuple(stored.shape)}, expected "
+                f"{tuple(self.generator.text_prototypes.shape)} for '{self.classes.name}'"
+            )
+        with torch.no_grad():
+            self.rows.copy_(self.columns.reduce(stored))
+
+    def stale_prototypes(self, root: Path, datamodule: SegmentationDataModule) -> str | None:
+        """Return why the prototypes of a run folder cannot be reused, or None if they can."""
+        if not self.prototype_file(root).is_file():
+            return f"{self.prototype_file(root)} does not exist yet"
+        return Manifest.match_or_explain(root / "prototypes", self.settings(datamodule), complete=True)
+
+    def stale_masks(self, root: Path, datamodule: SegmentationDataModule) -> str | None:
+        """Return why the masks of a run folder cannot be reused as they are, or None if they can."""
+        settings = self.masks.settings(self.mask_settings(datamodule))
+        return Manifest.match_or_explain(self.mask_folder(root), settings, complete=True)
+
+    # Fitting.
+
+    def setup(self, stage: str) -> None:
+        """Build the generator for the data's classes, and the scores of the stage."""
+        self.attach(self.require_datamodule().classes)
+        if stage in ("fit", "validate", "test"):
+            masks = replace(self.masks, confidence=0.0) if self.score_masks else None
+            self.scores = nn.ModuleDict(
+                {
+                    kind: LocalisationScores(self.classes.num_classes, masks=masks)
+                    for kind in ("text", "vision")
+                }
+            )
+            self.regions = RegionSums(len(self.classes.foreground), self.encoder.joint_width)
+
+    def training_loader(self, datamodule: SegmentationDataModule) -> DataLoader[int]:
+        """One item an optimiser step: each is a pass over all selected patches."""
+        return DataLoader(cast(Any, range(self.recipe.solver.steps)), batch_size=None)
+
+    def configure_optimizers(self) -> PrototypeSolver:
+        """Return the solver."""
+        return self.recipe.solver.build([self.rows])
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Keep the latest state beside the prototypes, so that an interrupted fit goes on."""
+        folder = Path(self.trainer.default_root_dir) / "prototypes" / "checkpoints"
+        return [
+            ModelCheckpoint(
+                folder, filename="last", every_n_train_steps=CHECKPOINT_STEPS, enable_version_counter=False
+            )
+        ]
+
+    def on_fit_start(self) -> None:
+        """Collect what is missing of the store, and sum its statistics."""
+        datamodule = self.require_datamodule()
+        root = Path(self.trainer.default_root_dir)
+        rank, world_size = ranks()
+        if rank == 0:
+            Manifest(self.settings(datamodule)).write(root / "prototypes")
+        store = BlockStore(root / "features", self.patch_settings(datamodule), clean=rank == 0)
+        self.trainer.strategy.barrier("store")
+        images = datamodule.localisation_dataset("train")
+        plan = BlockPlan(images, size=self.block_size, rank=rank, world_size=world_size)
+        selector = PatchSelector(
+            generator=self.generator,
+            recipe=self.recipe,
+            batch_size=self.batch_size,
+            class_weights=self._class_weights(images),
+        )
+        with self.using("text"):
+            selector.collect(plan, store, num_workers=self.num_workers)
+        self.trainer.strategy.barrier("collected")
+        pixels = StoredPixels(store, plan.pending(set()), device=self.device)
+        self.objective = PrototypeObjective(
+            pixels.chunks,
+            pixels.statistics(rows=self.columns.rows, width=self.encoder.joint_width),
+            self.columns,
+            self.columns.reduce(self.generator.text_prototypes),
+            self.recipe.objective,
+            all_reduce=self._all_reduce if world_size > 1 else None,
+            world_size=world_size,
+        )
+        if self.trainer.ckpt_path is None:
+            with torch.no_grad():
+                self.rows.copy_(self.objective.initial(seed=self.recipe.seed))
+
+    def _class_weights(self, images: TaggedImages) -> Tensor | None:
+        if self.recipe.targets.balance != "class":
+            return None
+        counts = torch.zeros(len(self.classes.foreground), dtype=torch.int64)
+        for row in range(len(images)):
+            counts[images.labels(row)] += 1
+        return inverse_class_frequency(counts, num_images=len(images), columns=self.columns)
+
+    def _all_reduce(self, value: Tensor) -> Tensor:
+        total = value.to(self.device, copy=True)
+        distributed.all_reduce(total)
+        return total.to(value.device)
+
+    def training_step(self, batch: int, batch_idx: int) -> Tensor:
+        """Evaluate the objective over all selected patches: one pass."""
+        objective = cast(PrototypeObjective, self.objective)
+        value = objective(self.rows)
+        seen = objective.statistics
+        foreground = slice(0, len(self.classes.foreground))
+        gap = gap_centroid(
+            self.prototypes[foreground].cpu(), seen.region_sums[foreground], seen.region_counts[foreground]
+        )
+        self.log("objective", value.detach().float(), prog_bar=True)
+        self.log("gap", gap, prog_bar=True)
+        return value
+
+    def on_train_end(self) -> None:
+        """Write the prototypes."""
+        root = Path(self.trainer.default_root_dir)
+        datamodule = self.require_datamodule()
+        if self.trainer.is_global_zero and self.trainer.global_step >= self.recipe.solver.steps:
+            metadata = {
+                "classes": "\n".join(self.classes.foreground),
+                "scale": repr(self.recipe.scale),
+                "fingerprint": fingerprint(self.settings(datamodule)),
+            }
+            write_prototypes(self.prototype_file(root), self.prototypes, metadata=metadata)
+            Manifest(self.settings(datamodule), complete=True).write(root / "prototypes")
+        self.trainer.strategy.barrier("prototypes")
+
+    # Scores of maps.
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Score the maps of text and vision prototypes on tagged images with truth."""
+        for image, mask, labels in zip(batch["image"], batch["mask"], batch["labels"], strict=True):
+            ids = labels.nonzero().flatten().tolist()
+            if mask is not None and ids:
+                self._score(image.permute(1, 2, 0).cpu().numpy(), mask, ids)
+
+    test_step = validation_step
+
+    def _score(self, image: Any, mask: Tensor, ids: list[int]) -> None:
+        with self.using("text") as generator:
+            ((_, encoded, (maps,)),) = generator.stream([image], [ids])
+            cast(LocalisationScores, self.scores["text"]).update(image, maps, mask)
+        with self.using("vision") as generator:
+            (maps,) = generator.localise([image], encoded, [generator.check_labels(ids)])
+            cast(LocalisationScores, self.scores["vision"]).update(image, maps, mask)
+        self.regions.update(self.encoder.dense(encoded, self.recipe.features)[0], mask, encoded.grid)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores: ``val_miou`` is that of the refined maps of vision prototypes."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the test split."""
+        self._log_scores("test")
+
+    def _log_scores(self, split: str) -> None:
+        self.score_table = self._score_table()
+        self.log(f"{split}_miou", self.score_table["vision"]["refined"], prog_bar=True)
+        for kind, row in self.score_table.items():
+            self.log_dict({f"{split}_{kind}_{key}": value for key, value in row.items()})
+        self.regions.reset()
+        for scores in self.scores.values():
+            cast(LocalisationScores, scores).reset()
+
+    def _score_table(self) -> dict[str, dict[str, float]]:
+        sums, counts = self.regions.compute()
+        foreground = slice(0, len(self.classes.foreground))
+        table: dict[str, dict[str, float]] = {}
+        for kind, prototypes in (("text", self.generator.text_prototypes), ("vision", self.prototypes)):
+            row = cast(LocalisationScores, self.scores[kind]).compute()
+            row["gap"] = gap_centroid(prototypes[foreground], sums, counts)
+            row["gap_cos"] = gap_cos(prototypes[foreground], sums, counts)
+            table[kind] = row
+        return table
+
+    # Pseudo-masks.
+
+    def mask_loader(
+        self, datamodule: SegmentationDataModule, root: str | Path, split: str = "train"
+    ) -> BlockLoader:
+        """Return this rank's blocks of images that have no mask yet."""
+        return BlockLoader(
+            datamodule.localisation_dataset(split),
+            size=self.block_size,
+            patch_size=self.encoder.patch_size,
+            done=lambda: self._masks(datamodule, root).done_ids(),
+            num_workers=self.num_workers,
+        )
+
+    def _masks(self, datamodule: SegmentationDataModule, root: str | Path) -> PseudoMaskStream:
+        if self._stream is None:
+            self._stream = PseudoMaskStream(
+                self.mask_folder(root),
+                self.masks,
+                settings=self.mask_settings(datamodule),
+                workers=self.mask_workers,
+                maps_folder=Path(root) / "maps" if self.keep_maps else None,
+            )
+        return self._stream
+
+    def on_predict_start(self) -> None:
+        """Open the stream of masks."""
+        self._done = self._masks(self.require_datamodule(), self.trainer.default_root_dir).done_ids()
+
+    def predict_step(self, batch: Block, batch_idx: int) -> None:
+        """Make the maps of a block with the vision prototypes and hand them to the stream."""
+        stream = cast(PseudoMaskStream, self._stream)
+        images = [sample["image"] for sample in batch.samples]
+        labels = [sample["labels"] for sample in batch.samples]
+        with self.using("vision") as generator:
+            for members, _, maps in generator.stream(
+                images, labels, resized=batch.resized, batch_size=self.batch_size
+            ):
+                for index, found in zip(members, maps, strict=True):
+                    if batch.samples[index]["id"] not in self._done:
+                        stream.submit(batch.samples[index]["id"], images[index], found)
+
+    def on_predict_end(self) -> None:
+        """Wait for the last masks and record that none is missing."""
+        cast(PseudoMaskStream, self._stream).close()
+        self._stream = None
+        self.trainer.strategy.barrier("masks done")
+        if self.trainer.is_global_zero:
+            settings = self.masks.settings(self.mask_settings(self.require_datamodule()))
+            Manifest(settings, complete=True).write(self.mask_folder(self.trainer.default_root_dir))
+        self.trainer.strategy.barrier("masks recorded")
