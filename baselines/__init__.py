@@ -1,0 +1,1 @@
+"""CAM generators that come with vpl_lightning, registered through the same door as anybody's."""
