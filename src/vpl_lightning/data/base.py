@@ -209,7 +209,13 @@ class SegmentationDataModule(LightningDataModule, ABC):
         images = self.localisation_dataset(split).without(frozenset(skip))
         return self._loader(images, batch_size=batch_size, sampler=self._shares(images), collate_fn=list)
 
-    def train_dataloader(self) -> DataLoader[TrainingBatch]:
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return what the task at hand trains on: its own loader if it brings one, else views with masks."""
+        task = None if self.trainer is None else self.trainer.lightning_module
+        own = getattr(task, "training_loader", None)
+        return self.views_dataloader() if own is None else own(self)
+
+    def views_dataloader(self) -> DataLoader[TrainingBatch]:
         """Return shuffled random views with masks."""
         images = self.training_dataset()
         rank, world_size = ranks()
