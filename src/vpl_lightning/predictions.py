@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from vpl_lightning.artifacts import atomic_path, atomic_write, read_mask, write_mask
+from vpl_lightning.artifacts import atomic_path, atomic_write, mask_fingerprint, read_mask, write_mask
 from vpl_lightning.errors import DataError
 from vpl_lightning.figures import mask_overlay
 from vpl_lightning.structures import ImageArray
@@ -61,6 +61,8 @@ class PredictionWriter:
         image: ImageArray,
         labels: UInt8[np.ndarray, "H W"],
         probabilities: Float[np.ndarray, "C H W"] | None = None,
+        *,
+        fingerprint: str | None = None,
     ) -> None:
         """Write the files of one image.
 
@@ -69,6 +71,7 @@ class PredictionWriter:
             image: As decoded.
             labels: Of its size.
             probabilities: Background first; needed where soft scores are wanted.
+            fingerprint: Of all that the prediction depends on; kept in the mask.
         """
         if self.spec.soft and probabilities is not None:
             buffer = io.BytesIO()
@@ -79,7 +82,11 @@ class PredictionWriter:
             Image.fromarray(mask_overlay(image, labels)).save(buffer, format="PNG")
             atomic_write(self.folder / "overlays" / f"{image_id}.png", buffer.getvalue())
         # The mask comes last: where it is, the rest is.
-        write_mask(self.folder / f"{image_id}.png", labels)
+        write_mask(self.folder / f"{image_id}.png", labels, fingerprint=fingerprint)
+
+    def has(self, image_id: str, fingerprint: str) -> bool:
+        """Tell whether the files of an image are there and were made of what ``fingerprint`` stands for."""
+        return mask_fingerprint(self.folder / f"{image_id}.png") == fingerprint
 
 
 def write_server_archive(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +39,7 @@ class SegmentationTask(LightningModule, ABC):
         self.results: dict[str, Int64[Tensor, "C C"]] = {}
         """The last confusion matrix of each evaluated stage, ``val`` or ``test``."""
         self._held: dict[str, nn.Module] = {}
+        self._saved: dict[str, Any] = {}
         self._confusions = nn.ModuleDict()
 
     @property
@@ -60,6 +61,27 @@ class SegmentationTask(LightningModule, ABC):
         for module in self._held.values():
             module._apply(fn)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    @abstractmethod
+    def attach(self, classes: ClassSet) -> None:
+        """Take the class set of the data; called before anything that needs it, more than once with the same.
+
+        Raises:
+            ConfigurationError: If another class set is attached already.
+        """
+
+    def require_datamodule(self) -> SegmentationDataModule:
+        """Return the trainer's data module.
+
+        Raises:
+            ConfigurationError: If it has none of ours.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, SegmentationDataModule):
+            raise ConfigurationError(
+                f"{type(self).__name__} needs a SegmentationDataModule: pass one as the trainer's datamodule"
+            )
+        return datamodule
 
     def confusion(self, stage: str) -> SegmentationConfusion:
         """Return the confusion matrix that a stage (``val``, ``test``) accumulates."""
@@ -95,7 +117,8 @@ class SegmentationTask(LightningModule, ABC):
         weights = checkpoint["state_dict"]
         for key in [key for key in weights if _of_encoder(key)]:
             del weights[key]
-        checkpoint[KEY] = self._record()
+        self._saved = self._saved or self._record(getattr(self.trainer, "datamodule", None))
+        checkpoint[KEY] = self._saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another task, class set or encoder; put the encoder's own weights back.
@@ -131,6 +154,8 @@ class SegmentationTask(LightningModule, ABC):
         """
         if ckpt_path is not None:
             return chosen_checkpoint(trainer, self.stage, ckpt_path)
+        if datamodule is not None:
+            self.attach(datamodule.classes)
         wanted = self._record(datamodule)
         reason = None
         for path in run_checkpoints(trainer, self.stage):
@@ -142,9 +167,11 @@ class SegmentationTask(LightningModule, ABC):
             print(f"vpl: {self.stage}: training anew, because of {reason}", flush=True)
         return None
 
-    def _record(self, datamodule: SegmentationDataModule | None = None) -> dict[str, Any]:
-        if datamodule is None and self._trainer is not None:
-            datamodule = getattr(self._trainer, "datamodule", None)
+    def on_fit_start(self) -> None:
+        """Forget what earlier checkpoints said of themselves."""
+        self._saved = {}
+
+    def _record(self, datamodule: SegmentationDataModule | None) -> dict[str, Any]:
         return {
             "stage": self.stage,
             "classes": list(self.classes.foreground),

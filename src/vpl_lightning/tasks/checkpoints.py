@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from vpl_lightning.errors import ConfigurationError
 
@@ -76,6 +78,15 @@ def difference(found: Any, wanted: Any, key: str = "") -> str | None:
                 return inner
         return None
     return None if found == wanted else f"{key} changed from {found!r} to {wanted!r}"
+
+
+def state_fingerprint(module: nn.Module) -> str:
+    """Return a SHA-256 of a module's weights, the same on every device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,10 +1,14 @@
-"""Rows of all ranks in one tensor, with exact gradients under data-parallel training."""
+"""What all ranks have, in one place, with exact gradients under data-parallel training."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, distributed
+
+Item = TypeVar("Item")
 
 
 def gather_rows(rows: Shaped[Tensor, "R *shape"]) -> Shaped[Tensor, "total *shape"]:
@@ -14,7 +18,7 @@ def gather_rows(rows: Shaped[Tensor, "R *shape"]) -> Shaped[Tensor, "total *shap
     ranks' gradients, so that a loss over all rows has the gradient which one process with all the data
     would compute. Every rank must call this, even one without rows. Alone, it returns what it is given.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if _alone():
         return rows
     ranks, rank = distributed.get_world_size(), distributed.get_rank()
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(ranks)]
@@ -29,3 +33,17 @@ def gather_rows(rows: Shaped[Tensor, "R *shape"]) -> Shaped[Tensor, "total *shap
     if rows.requires_grad:
         found[rank] = rows * ranks - rows.detach() * (ranks - 1)
     return torch.cat(found)
+
+
+def gather_list(items: list[Item]) -> list[Item]:
+    """Concatenate the lists of all ranks, in the order of ranks; every rank must call this."""
+    if _alone():
+        return items
+    parts: list[list[Item]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def _alone() -> bool:
+    joined = distributed.is_available() and distributed.is_initialized()
+    return not joined or distributed.get_world_size() == 1
