@@ -1,47 +1,77 @@
-"""The modality gap, in two readings, and the shift that closes it without learning."""
+"""The modality gap between prototypes and image features, and how Liang et al. shift it."""
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from vpl_lightning.errors import ConfigurationError
 
-def gap_centroid(prototypes: Float[Tensor, "N D"], means: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """Mean over classes of the distance between a prototype and the unit mean feature of its region.
 
-    The paper's Table 4 gives a number for the gap without its formula; this reading is our default.
+def region_sums(
+    features: Float[Tensor, "P D"], regions: Bool[Tensor, "R P"]
+) -> tuple[Float[Tensor, "R D"], Float[Tensor, " R"]]:
+    """Return the sum of the features of each region and their number, float64; both add up over images.
+
+    Args:
+        features: Unit rows.
+        regions: Patches of each class: of the truth, or of its seeds.
+    """
+    members = regions.double()
+    return members @ features.double(), members.sum(-1)
+
+
+def gap_centroid(
+    prototypes: Float[Tensor, "R D"], sums: Float[Tensor, "R D"], counts: Float[Tensor, " R"]
+) -> float:
+    """Return the mean distance between a prototype and the unit mean feature of its class's region.
+
+    The paper's Table 4 names a gap without defining it; this reading is Liang et al.'s distance of means,
+    class by class. Classes without a pixel are left out; nan if all are.
 
     Args:
         prototypes: Unit rows.
-        means: Unit rows; rows that are not finite (no region was seen) are left out.
+        sums: Of the features of each class (:func:`region_sums`).
+        counts: Features of each class.
     """
-    known = means.isfinite().all(-1)
-    return (prototypes[known].to(means) - means[known]).norm(dim=-1).mean()
+    seen = counts > 0
+    centroids = F.normalize(sums[seen].double(), dim=-1)
+    return float((prototypes[seen].double() - centroids).norm(dim=-1).mean())
 
 
-def gap_cosine(prototypes: Float[Tensor, "N D"], means: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """One minus the mean cosine between a prototype and the mean feature of its region; the other reading."""
-    known = means.isfinite().all(-1)
-    return 1 - F.cosine_similarity(prototypes[known].to(means), means[known], dim=-1).mean()
+def gap_cos(
+    prototypes: Float[Tensor, "R D"], sums: Float[Tensor, "R D"], counts: Float[Tensor, " R"]
+) -> float:
+    """Return one minus the mean cosine between a pixel's feature and the prototype of its class.
+
+    The other reading of the paper's gap; nan without pixels.
+
+    Args:
+        prototypes: Unit rows.
+        sums: Of the unit features of each class (:func:`region_sums`).
+        counts: Features of each class.
+    """
+    return float(1 - (prototypes.double() * sums.double()).sum() / counts.double().sum())
 
 
 def modify_gap(
-    text: Float[Tensor, "C D"], features_mean: Float[Tensor, " D"], *, step: float = 1.0
+    text: Float[Tensor, "C D"], image_mean: Float[Tensor, " D"], *, step: float = 1.0
 ) -> Float[Tensor, "C D"]:
-    """Move the text prototypes towards the features by their mean difference, then back to the sphere.
+    """Shift text prototypes towards the image features: the ``Modify-gap`` row of the paper's Table 4.
 
-    Liang et al., "Mind the Gap" (NeurIPS 2022); the baseline "Modify-gap" of the paper's Table 4.
+    Liang et al. (Mind the Gap, NeurIPS 2022) move every text embedding along the difference of the two means
+    and normalise again; they move both sides, here the image features stay where they are.
 
     Args:
         text: Unit rows.
-        features_mean: Mean of unit features.
-        step: Share of the difference; 0 leaves the text where it is.
+        image_mean: Mean of unit image features, not normalised.
+        step: Share of the way; 0 gives text.
+
+    Raises:
+        ConfigurationError: If the step is negative.
     """
-    return F.normalize(text + step * (features_mean - text.mean(0)), dim=-1)
-
-
-def mean_feature(pull: Float[Tensor, "C D"], total: float) -> Float[Tensor, " D"]:
-    """Mean selected feature from the sums of features by target (rows of targets sum to one)."""
-    return pull.sum(0) / max(total, torch.finfo(pull.dtype).tiny)
+    if step < 0:
+        raise ConfigurationError(f"step={step} must not be negative: it leads from text to image features")
+    shift = image_mean.to(text) - text.mean(0)
+    return F.normalize(text + step * shift, dim=-1)

@@ -1,202 +1,195 @@
-"""Solvers of phase 1 as optimisers: the same class serves a plain loop, the plug-in and Lightning."""
+"""Solvers of phase 1: torch optimisers for Lightning, and the same ones in a plain loop."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from vpl_lightning.errors import ConfigurationError
-from vpl_lightning.functional.prototypes import PrototypeObjective
 
 Halving = Literal["tangential", "objective", "raw", "none"]
 Projection = Literal["sphere", "ball"]
-Closure = Callable[[], Tensor]
+Closure = Callable[[], Any]
+
+ROUNDING = 1e-7
+"""Change of an objective, relative to itself or to one nat, that float32 products cannot tell from none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SolverConfig:
-    """How the objective is minimised.
+class PrototypeSolver(Optimizer):
+    """Base of the solvers: one parameter, the ``(R, D)`` prototypes, and exact resuming.
 
-    Attributes:
-        name: ``pgd``: projected gradient descent, the paper's; ``lbfgs``: limited-memory BFGS on the sphere, far fewer
-            passes over the data.
-        steps: Steps, T_w of the paper (3,000); with halving, 300 reach the same point on what we measured.
-        lr: Step size on the mean loss (paper: 10). Not used by ``lbfgs``.
-        halving: What must not grow from one step to the next, else the step size is halved for good: the norm of the
-            gradient's tangential part, the objective, or the raw norm (InMaP's rule, which stalls on the sphere because
-            the radial part never vanishes).
-        min_lr: The step size is never halved below this.
-        projection: Onto the unit sphere (InMaP, Theorem 1), or into the unit ball (Theorem 2).
-        history: Pairs that ``lbfgs`` remembers.
+    ``step(closure)`` leaves the parameter at a point whose objective and gradient are known; they are part of
+    the state, in the parameter's own type, so that a resumed run repeats the uninterrupted one. Float64
+    prototypes keep rounding out of the solver's decisions; the products of the objective are float32 anyway.
     """
 
-    name: Literal["pgd", "lbfgs"] = "pgd"
-    steps: int = 300
-    lr: float = 10.0
-    halving: Halving = "tangential"
-    min_lr: float = 0.0
-    projection: Projection = "sphere"
-    history: int = 10
+    def __init__(self, params: Iterable[Tensor], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        if len(self.param_groups) != 1 or len(self.param_groups[0]["params"]) != 1:
+            raise ConfigurationError("the solvers of phase 1 take one parameter: the matrix of prototypes")
 
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        if self.steps < 1:
-            raise ConfigurationError(f"solver.steps={self.steps} must be at least 1; the paper takes 3000")
-        if self.lr <= 0 or self.min_lr < 0:
+    @property
+    def passes(self) -> int:
+        """Evaluations of the objective so far."""
+        return int(self._state.get("passes", 0))
+
+    @property
+    def objective(self) -> float:
+        """Objective at the prototypes; nan before the first step."""
+        return float(self._state.get("value", math.nan))
+
+    @property
+    def measure(self) -> float:
+        """Norm of the tangential gradient at the prototypes; nan before the first step."""
+        return float(self._state.get("measure", math.nan))
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter: Tensor = self.param_groups[0]["params"][0]
+        return parameter
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[self._parameter]
+        return state
+
+    def _evaluate(self, closure: Closure) -> tuple[float, Tensor]:
+        """Return objective and gradient at the parameter."""
+        with torch.enable_grad():
+            loss = closure()
+        gradient = self._parameter.grad
+        if gradient is None or loss is None:
             raise ConfigurationError(
-                f"solver.lr={self.lr} must be positive and solver.min_lr={self.min_lr} not negative"
+                "the closure of a phase-1 solver must call backward() and return the loss"
             )
-        if self.name == "lbfgs" and self.projection == "ball":
-            raise ConfigurationError(
-                "solver.projection=ball: lbfgs works on the sphere; choose solver.name=pgd"
-            )
+        self._state["passes"] = self.passes + 1
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        return value, gradient.detach().clone()
+
+    def _settle(self, value: float, gradient: Tensor, measure: float) -> None:
+        self._state.update(value=value, gradient=gradient, measure=measure)
+
+    def _loss(self) -> Tensor:
+        return torch.tensor(self.objective, dtype=self._parameter.dtype, device=self._parameter.device)
 
 
-class ProjectedGradientDescent(Optimizer):
-    """``W <- project(W - lr * gradient)`` (equation 11), the step size halved when the measure grows.
+class ProjectedGradient(PrototypeSolver):
+    """Full-batch projected gradient descent: the paper's solver, in InMaP's form.
 
-    The step size and the last measure are in the state, so that an interrupted run goes on exactly.
+    ``prototypes = project(prototypes - lr * gradient)``; the objective is a mean, which is what makes the
+    paper's ``lr`` of 10 a sensible number. That number is too large to converge, so the step size is halved,
+    for good, whenever a measure gets worse:
+
+    ============== ===================================================================================
+    ``tangential`` the gradient along the sphere grew and the objective did not fall
+    ``objective``  the objective rose
+    ``raw``        the norm of the whole gradient grew (InMaP). Its radial part does not vanish at a
+                   solution, so this rule can stop the descent early
+    ``none``       never
+    ============== ===================================================================================
+
+    With the first two rules, the step that made things worse is also taken back. InMaP keeps it; the first
+    steps then wander so far that rounding decides where the descent ends.
 
     Args:
-        params: Prototypes, unit rows.
-        lr: First step size.
-        halving: See :class:`SolverConfig`.
-        min_lr: See :class:`SolverConfig`.
-        projection: See :class:`SolverConfig`.
+        params: The prototypes.
+        lr: Step size on the mean objective.
+        halving: The rule.
+        lr_floor: The step size is not halved below this; steps are then kept whatever they do.
+        projection: Onto the unit sphere (InMaP), or into the ball of ``radius`` (the paper's Theorem 2). Rows
+            that have no gradient are left alone, zero rows included.
+        radius: Of the ball.
+
+    Raises:
+        ConfigurationError: If a setting is out of range.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor],
-        *,
         lr: float = 10.0,
+        *,
         halving: Halving = "tangential",
-        min_lr: float = 0.0,
+        lr_floor: float = 0.0,
         projection: Projection = "sphere",
+        radius: float = 1.0,
     ) -> None:
-        defaults = {"lr": lr, "halving": halving, "min_lr": min_lr, "projection": projection}
+        if not lr > 0 or lr_floor < 0 or not radius > 0:
+            raise ConfigurationError(
+                f"lr={lr} and radius={radius} must be positive, lr_floor={lr_floor} not negative"
+            )
+        if halving not in get_args(Halving) or projection not in get_args(Projection):
+            raise ConfigurationError(
+                f"halving={halving!r}: choose one of {', '.join(get_args(Halving))}; "
+                f"projection={projection!r}: choose one of {', '.join(get_args(Projection))}"
+            )
+        defaults = {
+            "lr": lr,
+            "halving": halving,
+            "lr_floor": lr_floor,
+            "projection": projection,
+            "radius": radius,
+        }
         super().__init__(params, defaults)
 
-    def step(self, closure: Closure | None = None) -> Any:
-        """Take one step: one pass over the data."""
-        if closure is None:
-            raise ConfigurationError("projected gradient descent needs a closure that computes the objective")
-        with torch.enable_grad():
-            loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                for rows in group["params"]:
-                    if rows.grad is not None:
-                        self._move(rows, group, loss)
-        return loss
+    @torch.no_grad()
+    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+        """Take one step; the first one costs two passes, every other one.
 
-    def _move(self, rows: Tensor, group: dict[str, Any], loss: Tensor) -> None:
-        state = self.state[rows]
-        measure = self._measure(rows, group["halving"], loss)
-        if "measure" in state and measure > state["measure"]:
-            group["lr"] = max(group["lr"] / 2, group["min_lr"])
-        state["measure"] = measure
-        moved = rows - group["lr"] * rows.grad
-        if group["projection"] == "sphere":
-            rows.copy_(F.normalize(moved, dim=-1))
+        Args:
+            closure: Clears the gradient, computes the loss, calls ``backward()`` and returns the loss.
+        """
+        parameter, group, state = self._parameter, self.param_groups[0], self._state
+        if "gradient" not in state:
+            value, gradient = self._evaluate(closure)
+            self._settle(value, gradient, self._measure(gradient))
+        before = parameter.clone()
+        parameter.copy_(self._project(before - group["lr"] * state["gradient"], state["gradient"]))
+        value, gradient = self._evaluate(closure)
+        measure = self._measure(gradient)
+        worse = self._worse(value, gradient, measure)
+        may_halve = worse and group["lr"] > group["lr_floor"]
+        if may_halve:
+            group["lr"] = max(group["lr"] / 2, group["lr_floor"])
+        if may_halve and group["halving"] in ("tangential", "objective"):
+            parameter.copy_(before)
         else:
-            rows.copy_(moved / moved.norm(dim=-1, keepdim=True).clamp(min=1))
+            self._settle(value, gradient, measure)
+        return self._loss()
 
-    @staticmethod
-    def _measure(rows: Tensor, halving: Halving, loss: Tensor) -> Tensor:
-        gradient = cast(Tensor, rows.grad)
-        if halving == "none":
-            return gradient.new_zeros(())
-        if halving == "objective":
-            return loss.detach()
-        if halving == "raw":
-            return gradient.norm()
-        return tangential(gradient, rows).norm()
+    def _project(self, moved: Tensor, gradient: Tensor) -> Tensor:
+        if self.param_groups[0]["projection"] == "ball":
+            radius: float = self.param_groups[0]["radius"]
+            shrink: Tensor = radius / moved.norm(dim=-1, keepdim=True).clamp(min=radius)
+            return moved * shrink
+        still = ~gradient.any(-1, keepdim=True)
+        return torch.where(still, moved, F.normalize(moved, dim=-1))
 
+    def _measure(self, gradient: Tensor) -> float:
+        """Return the norm of the part of the gradient that the projection leaves."""
+        parameter, group = self._parameter.double(), self.param_groups[0]
+        gradient = gradient.double()
+        length = parameter.norm(dim=-1, keepdim=True)
+        outward = parameter / length.clamp(min=torch.finfo(torch.float64).tiny)
+        radial = (gradient * outward).sum(-1, keepdim=True)
+        if group["projection"] == "ball":
+            held = (length >= group["radius"] * (1 - 1e-6)) & (radial < 0)
+            radial = torch.where(held, radial, 0.0)
+        return float((gradient - radial * outward).norm())
 
-class SphereLBFGS(LBFGS):
-    """L-BFGS on the directions of the rows: minimises ``f(normalise(V))`` over ``V``.
-
-    The parameter keeps its lengths; normalise it before use. A step is one iteration with its line search.
-
-    Args:
-        params: Prototypes, unit rows at first.
-        history: Pairs remembered.
-    """
-
-    def __init__(self, params: Iterable[Tensor], *, history: int = 10) -> None:
-        super().__init__(
-            list(params), lr=1.0, max_iter=1, max_eval=8, history_size=history, line_search_fn="strong_wolfe"
-        )
-
-    def step(self, closure: Closure) -> Any:  # type: ignore[override]
-        """Take one iteration."""
-        rows = cast(Tensor, self.param_groups[0]["params"][0])
-
-        def on_sphere() -> Tensor:
-            free = rows.detach().clone()
-            lengths = free.norm(dim=-1, keepdim=True)
-            with torch.no_grad():
-                rows.copy_(free / lengths)
-                with torch.enable_grad():
-                    loss = closure()
-                gradient = cast(Tensor, rows.grad)
-                gradient.copy_(tangential(gradient, rows) / lengths)
-                rows.copy_(free)
-            return loss
-
-        return super().step(on_sphere)  # type: ignore[no-untyped-call]
-
-
-def tangential(gradient: Float[Tensor, "R D"], rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
-    """Remove from each row of the gradient its part along the row."""
-    return gradient - (gradient * rows).sum(-1, keepdim=True) * rows
-
-
-def make_optimizer(rows: Tensor, config: SolverConfig) -> Optimizer:
-    """Build the optimiser that a configuration names."""
-    if config.name == "lbfgs":
-        return SphereLBFGS([rows], history=config.history)
-    return ProjectedGradientDescent(
-        [rows], lr=config.lr, halving=config.halving, min_lr=config.min_lr, projection=config.projection
-    )
-
-
-class Solution(NamedTuple):
-    """What a solver found."""
-
-    rows: Float[Tensor, "R D"]
-    """Unit rows."""
-    objectives: list[float]
-    """Objective before each step."""
-    passes: int
-    """Passes over the data."""
-
-
-def solve(objective: PrototypeObjective, config: SolverConfig, *, seed: int = 0) -> Solution:
-    """Minimise an objective in this process alone.
-
-    Args:
-        objective: Over all data.
-        config: The solver.
-        seed: Of a random start.
-    """
-    rows = objective.start(seed=seed).clone().requires_grad_()
-    optimizer = make_optimizer(rows, config)
-    before = objective.passes
-    objectives: list[float] = []
-
-    def closure() -> Tensor:
-        value, rows.grad = objective.evaluate(rows)
-        return value.to(rows.dtype)
-
-    for _ in range(config.steps):
-        objectives.append(float(optimizer.step(closure)))
-    return Solution(F.normalize(rows.detach(), dim=-1), objectives, objective.passes - before)
+    def _worse(self, value: float, gradient: Tensor, measure: float) -> bool:
+        state, rule = self._state, self.param_groups[0]["halving"]
+        slack = ROUNDING * max(1.0, abs(state["value"]))
+        if not math.isfinite(value):
+            return bool(rule != "none")
+        if rule == "tangential":
+            return bool(measure > state["measure"] and value > state["value"] - slack)
+        if rule == "objective":
+            return bool(value > state["value"] + slack)
+        return bool(rule == "raw" and gradient.norm() > state["gradient"].norm())

@@ -1,0 +1,199 @@
+"""The settings of phase 1 in one place, two named sets of them, and the plain loop that solves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vpl_lightning.errors import ConfigurationError
+from vpl_lightning.functional.lbfgs import SphereLBFGS
+from vpl_lightning.functional.prototypes import ObjectiveConfig, PrototypeObjective
+from vpl_lightning.functional.solvers import (
+    Halving,
+    ProjectedGradient,
+    Projection,
+    PrototypeSolver,
+)
+from vpl_lightning.functional.targets import TargetConfig
+
+CLIP_SCALE = 100.0
+"""Factor of the cosines in CLIP's own softmax, one over its temperature of 0.01."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverConfig:
+    """Which solver, and how long.
+
+    Attributes:
+        name: ``pgd`` (:class:`ProjectedGradient`, the paper's) or ``lbfgs`` (:class:`SphereLBFGS`).
+        steps: Solver steps. The paper takes 3,000 of ``pgd``; 300 measured the same in our trials. A step of
+            ``lbfgs`` takes one pass over the data, now and then more.
+        lr: First step size of ``pgd``; the paper's.
+        halving: Rule of ``pgd``.
+        lr_floor: Of ``pgd``.
+        projection: Of ``pgd``.
+        radius: Of ``pgd`` with ``projection="ball"``.
+        memory: Curvature pairs of ``lbfgs``.
+    """
+
+    name: Literal["pgd", "lbfgs"] = "pgd"
+    steps: int = 300
+    lr: float = 10.0
+    halving: Halving = "tangential"
+    lr_floor: float = 0.0
+    projection: Projection = "sphere"
+    radius: float = 1.0
+    memory: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.name not in ("pgd", "lbfgs"):
+            raise ConfigurationError(f"solver.name={self.name!r}: choose pgd or lbfgs")
+        if self.steps < 1:
+            raise ConfigurationError(f"solver.steps={self.steps} must be at least 1")
+        if self.name == "lbfgs" and self.projection != "sphere":
+            raise ConfigurationError(
+                "solver.name='lbfgs' works on the sphere: drop solver.projection or take pgd"
+            )
+        self.build([torch.zeros(1, 1, requires_grad=True)])
+
+    def build(self, params: Iterable[Tensor]) -> PrototypeSolver:
+        """Return the optimiser of one parameter."""
+        if self.name == "lbfgs":
+            return SphereLBFGS(params, memory=self.memory)
+        return ProjectedGradient(
+            params,
+            self.lr,
+            halving=self.halving,
+            lr_floor=self.lr_floor,
+            projection=self.projection,
+            radius=self.radius,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypeRecipe:
+    """Everything that decides what phase 1 learns from given images and maps.
+
+    Attributes:
+        features: Dense features: the last block's ``value`` path, its ``final`` output, or ``penultimate``.
+        seeds: Whether seeds come from ``raw`` or ``refined`` maps.
+        targets: Which pixels, and what they are told.
+        objective: What is minimised.
+        solver: How.
+        cam_scale: Factor of the cosines when maps are made with the prototypes; None for one over
+            ``objective.tau_image``.
+        seed: Of every random choice.
+    """
+
+    features: Literal["value", "final", "penultimate"] = "value"
+    seeds: Literal["raw", "refined"] = "refined"
+    targets: TargetConfig = field(default_factory=TargetConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    cam_scale: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse contradictory settings."""
+        for key, known in {
+            "features": ("value", "final", "penultimate"),
+            "seeds": ("raw", "refined"),
+        }.items():
+            if getattr(self, key) not in known:
+                raise ConfigurationError(f"{key}={getattr(self, key)!r}: choose one of {', '.join(known)}")
+        if self.cam_scale is not None and not self.cam_scale > 0:
+            raise ConfigurationError(
+                f"cam_scale={self.cam_scale} must be positive, or null for 1 / tau_image"
+            )
+        if self.objective.student_restrict == "present" and self.targets.restrict == "all":
+            raise ConfigurationError(
+                "objective.student_restrict='present' with targets.restrict='all' asks for classes that the "
+                "student cannot answer: set targets.restrict='present'"
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the cosines when maps are made with the learnt prototypes."""
+        return self.cam_scale or 1 / self.objective.tau_image
+
+    @classmethod
+    def preset(cls, name: Literal["default", "paper"] = "default") -> PrototypeRecipe:
+        """Return a named set of settings.
+
+        ``default``: what our measurements favour, value-path features, text softmax times seed mask, tau_I
+        0.1. ``paper``: the paper's printed values, and where it is silent what CLIP-ES and InMaP do: features
+        after the last block, seeds from raw maps at Phi 0.4, tau_I 0.03, 3,000 steps, CLIP's own scale of 100
+        for the maps.
+
+        Raises:
+            ConfigurationError: If the name is unknown.
+        """
+        if name not in PRESETS:
+            raise ConfigurationError(f"recipe {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+PRESETS = {
+    "default": PrototypeRecipe(),
+    "paper": PrototypeRecipe(
+        features="final",
+        seeds="raw",
+        targets=TargetConfig(mode="seeded_soft", background_threshold=0.1),
+        objective=ObjectiveConfig(tau_image=0.03),
+        solver=SolverConfig(steps=3000),
+        cam_scale=CLIP_SCALE,
+    ),
+}
+"""Named settings of phase 1."""
+
+
+class Solution(NamedTuple):
+    """What a solver found."""
+
+    rows: Float[Tensor, "R D"]
+    """Float64; see :meth:`Columns.expand`."""
+    objective: float
+    passes: int
+    history: list[float]
+    """Objective after each step."""
+
+
+def solve(
+    objective: PrototypeObjective,
+    config: SolverConfig,
+    *,
+    start: Float[Tensor, "R D"] | None = None,
+    seed: int = 0,
+    after_step: Callable[[PrototypeSolver], None] | None = None,
+) -> Solution:
+    """Minimise the objective in a plain loop.
+
+    Args:
+        objective: What.
+        config: How.
+        start: Where from; :meth:`PrototypeObjective.initial` if None.
+        seed: Of a random start.
+        after_step: Called with the solver after each step, for progress.
+    """
+    rows = (objective.initial(seed=seed) if start is None else start).detach().double().clone()
+    rows.requires_grad_(True)
+    solver = config.build([rows])
+
+    def closure() -> float:
+        evaluation = objective.evaluate(rows)
+        rows.grad = evaluation.gradient
+        return evaluation.value
+
+    history = []
+    for _ in range(config.steps):
+        solver.step(closure)
+        history.append(solver.objective)
+        if after_step is not None:
+            after_step(solver)
+    return Solution(rows.detach(), solver.objective, solver.passes, history)
