@@ -71,9 +71,7 @@ def prepare_masks(
     else:
         say(f"pseudo-masks: making them, because {reason}")
         maker = stage_trainer(new_trainer, root, "pseudo_masks")
-        maker.predict(
-            localiser, dataloaders=localiser.mask_loader(datamodule, root), return_predictions=False
-        )
+        maker.predict(localiser, datamodule=datamodule, return_predictions=False)
 
 
 def stage_trainer(new_trainer: NewTrainer, root: Path, name: str) -> Trainer:

@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
             WRONG_USE,
         )
     try:
-        return _run(words)
+        return _run(words, given=args is not None)
     except (ConfigurationError, WeightsError) as error:
         return _complain(str(error), WRONG_USE)
     except VPLError as error:
@@ -54,11 +54,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return _complain("interrupted; the same command goes on where this run stopped", FAILED)
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], *, given: bool) -> int:
     if words[0] in TRAINER_COMMANDS:
         from vpl_lightning.cli.lightning import run_trainer
 
-        run_trainer(words)
+        run_trainer(words if given else None)
         return 0
     from vpl_lightning.cli.tools import run_tool
 

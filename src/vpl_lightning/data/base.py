@@ -211,9 +211,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return what the task at hand trains on: its own loader if it brings one, else views with masks."""
-        task = None if self.trainer is None else self.trainer.lightning_module
-        own = getattr(task, "training_loader", None)
-        return self.views_dataloader() if own is None else own(self)
+        return self._loader_of_task("training_loader") or self.views_dataloader()
 
     def views_dataloader(self) -> DataLoader[TrainingBatch]:
         """Return shuffled random views with masks."""
@@ -252,9 +250,17 @@ class SegmentationDataModule(LightningDataModule, ABC):
             )
         return self._evaluation_loader(images)
 
-    def predict_dataloader(self) -> DataLoader[EvaluationBatch]:
-        """Return this rank's share of what ``predict`` names: a split, one image, or a folder of images."""
-        return self._evaluation_loader(self._prediction_dataset())
+    def predict_dataloader(self) -> Any:
+        """Return this rank's share of what ``predict`` names: a split, one image, or a folder of images.
+
+        A task that predicts from something else, as phase 1 does, brings its own loader.
+        """
+        return self._loader_of_task("prediction_loader") or self._evaluation_loader(self._prediction_dataset())
+
+    def _loader_of_task(self, name: str) -> Any:
+        task = None if self.trainer is None else self.trainer.lightning_module
+        own = getattr(task, name, None)
+        return None if own is None else own(self)
 
     def _prediction_dataset(self) -> TaggedImages:
         path = Path(self.predict)

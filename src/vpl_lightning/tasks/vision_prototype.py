@@ -354,32 +354,31 @@ class VisionPrototypeModule(SegmentationTask):
 
     # Pseudo-masks.
 
-    def mask_loader(
-        self, datamodule: SegmentationDataModule, root: str | Path, split: str = "train"
-    ) -> BlockLoader:
-        """Return this rank's blocks of images that have no mask yet."""
+    def prediction_loader(self, datamodule: SegmentationDataModule) -> BlockLoader:
+        """Return this rank's blocks of training images that have no mask yet."""
         return BlockLoader(
-            datamodule.localisation_dataset(split),
+            datamodule.localisation_dataset("train"),
             size=self.block_size,
             patch_size=self.encoder.patch_size,
-            done=lambda: self._masks(datamodule, root).done_ids(),
+            done=lambda: self._masks(datamodule).done_ids(),
             num_workers=self.num_workers,
         )
 
-    def _masks(self, datamodule: SegmentationDataModule, root: str | Path) -> PseudoMaskStream:
+    def _masks(self, datamodule: SegmentationDataModule) -> PseudoMaskStream:
         if self._stream is None:
+            root = Path(self.trainer.default_root_dir)
             self._stream = PseudoMaskStream(
                 self.mask_folder(root),
                 self.masks,
                 settings=self.mask_settings(datamodule),
                 workers=self.mask_workers,
-                maps_folder=Path(root) / "maps" if self.keep_maps else None,
+                maps_folder=root / "maps" if self.keep_maps else None,
             )
         return self._stream
 
     def on_predict_start(self) -> None:
         """Open the stream of masks."""
-        self._done = self._masks(self.require_datamodule(), self.trainer.default_root_dir).done_ids()
+        self._done = self._masks(self.require_datamodule()).done_ids()
 
     def predict_step(self, batch: Block, batch_idx: int) -> None:
         """Make the maps of a block with the vision prototypes and hand them to the stream."""
