@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vpl_lightning.data import SegmentationDataModule
+from vpl_lightning.report import write_report
 from vpl_lightning.tasks import DecoderModule, SegmentationTask, VisionPrototypeModule
 
 NewTrainer = Callable[..., Trainer]
@@ -45,6 +46,26 @@ def fit_method(
     if resume is not None:
         say(f"{model.stage}: going on from {resume}")
     trainer.fit(model, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), **options)
+    if isinstance(model, DecoderModule) and model.localiser.report:
+        report(model, datamodule, Path(trainer.default_root_dir), new_trainer=new_trainer)
+
+
+def report(
+    model: DecoderModule, datamodule: SegmentationDataModule, root: Path, *, new_trainer: NewTrainer
+) -> None:
+    """Score text against vision prototypes and the decoder on the validation split; print one table."""
+    if datamodule.evaluation_dataset("val").masks is None:
+        say("no truth for the validation split: no scores")
+        return
+    scorer = stage_trainer(new_trainer, root, "report", limit_val_batches=1.0)
+    scorer.validate(model.localiser, datamodule=datamodule, verbose=False)
+    if "val" not in model.results:
+        stage_trainer(new_trainer, root, "decoder", limit_val_batches=1.0).validate(
+            model, datamodule=datamodule, verbose=False
+        )
+    if scorer.is_global_zero:
+        say(f"scores on the validation split, in {root / 'report.json'}; pictures in {root / 'overview.png'}\n\n"
+            + write_report(model, datamodule, root))
 
 
 def prepare_masks(
@@ -74,8 +95,10 @@ def prepare_masks(
         maker.predict(localiser, datamodule=datamodule, return_predictions=False)
 
 
-def stage_trainer(new_trainer: NewTrainer, root: Path, name: str) -> Trainer:
-    """Make the trainer of a stage before the last: float32, no validation, its own log."""
+def stage_trainer(
+    new_trainer: NewTrainer, root: Path, name: str, *, limit_val_batches: float = 0
+) -> Trainer:
+    """Make the trainer of another stage than the last: float32, its own log, no validation unless asked."""
     return new_trainer(
         default_root_dir=str(root),
         max_epochs=1,
@@ -83,7 +106,7 @@ def stage_trainer(new_trainer: NewTrainer, root: Path, name: str) -> Trainer:
         precision="32-true",
         callbacks=[],
         logger=CSVLogger(str(root), name="lightning_logs", version=name),
-        limit_val_batches=0,
+        limit_val_batches=limit_val_batches,
         num_sanity_val_steps=0,
         enable_model_summary=False,
         accumulate_grad_batches=1,

@@ -60,6 +60,7 @@ class VisionPrototypeModule(SegmentationTask):
         mask_workers: Processes that make masks; None: one a core.
         keep_maps: Also store patch-grid maps, a few kB an image.
         score_masks: Whether ``validate`` and ``test`` also score pseudo-masks (two dense CRFs an image).
+        report: Whether the whole method ends with scores of text against vision prototypes on the validation split.
         block_size: Images a block: the unit of batching, writing and resuming.
         batch_size: At most so many images of equal grid go through the encoder at once.
         num_workers: Processes that decode images of phase 1.
@@ -79,6 +80,7 @@ class VisionPrototypeModule(SegmentationTask):
         mask_workers: int | None = None,
         keep_maps: bool = False,
         score_masks: bool = False,
+        report: bool = True,
         block_size: int = 32,
         batch_size: int = 8,
         num_workers: int = 0,
@@ -93,7 +95,8 @@ class VisionPrototypeModule(SegmentationTask):
         self.recipe = PrototypeRecipe.preset(recipe) if isinstance(recipe, str) else recipe
         self.text_scale = text_scale or self.encoder.logit_scale
         self.masks, self.mask_workers, self.keep_maps = masks, mask_workers, keep_maps
-        self.score_masks = score_masks
+        self.score_masks, self.report = score_masks, report
+        self.score_table: dict[str, dict[str, float]] = {}
         self.block_size, self.batch_size, self.num_workers = block_size, batch_size, num_workers
         self.objective: PrototypeObjective | None = None
         self._stream: PseudoMaskStream | None = None
