@@ -118,7 +118,7 @@ class TaggedIndex:
             path = _array_path(prefix, name)
             try:
                 arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 raise DataError(
                     f"{path} cannot be read as an index: {error}; run 'vpl prepare' again"
                 ) from error

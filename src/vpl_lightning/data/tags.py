@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -222,7 +223,7 @@ def _one_hot(path: Path, classes: ClassSet) -> dict[str, list[int]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             ids, matrix = arrays["ids"], arrays["labels"]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
         raise DataError(f"{path} cannot be read as arrays 'ids' and 'labels': {error}") from error
     if matrix.shape != (len(ids), len(classes.foreground)):
         raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from math import ceil
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ def build_pipeline(size: int, augmentation: Augmentation) -> Any:
 
     padding: dict[str, Any] = {"border_mode": cv2.BORDER_CONSTANT, "fill": CLIP_MEAN_RGB, "fill_mask": VOID}
     # One pixel must survive the smallest scale.
-    smallest = ceil(1 / augmentation.scale_min)
+    smallest = floor(1 / augmentation.scale_min) + 1
     steps: list[Any] = [
         A.PadIfNeeded(min_height=smallest, min_width=smallest, **padding),
         A.RandomScale(
