@@ -1,7 +1,8 @@
-"""The modality gap between prototypes and image features, and how Liang et al. shift it."""
+"""How far prototypes are from image features (the modality gap) and from one another."""
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -75,3 +76,22 @@ def modify_gap(
         raise ConfigurationError(f"step={step} must not be negative: it leads from text to image features")
     shift = image_mean.to(text) - text.mean(0)
     return F.normalize(text + step * shift, dim=-1)
+
+
+def angle_between(first: Float[Tensor, "R D"], second: Float[Tensor, "R D"], *, centred: bool) -> float:
+    """Return the largest angle between corresponding prototypes, in degrees.
+
+    A vector added to every prototype changes neither a softmax over them nor a map made with it, and where
+    the width exceeds the number of prototypes the unit sphere leaves room for such vectors: two solutions of
+    phase 1 can be equally good and lie apart. ``centred`` compares what is left without it.
+
+    Args:
+        first: Prototypes.
+        second: Others of the same classes.
+        centred: Subtract the mean over classes first.
+    """
+    if centred:
+        first, second = first - first.mean(0), second - second.mean(0)
+    first, second = F.normalize(first.double(), dim=-1), F.normalize(second.double(), dim=-1)
+    half = ((first - second).norm(dim=-1) / 2).clamp(max=1)
+    return float(torch.rad2deg(2 * half.asin()).max())

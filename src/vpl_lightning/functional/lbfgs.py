@@ -28,6 +28,8 @@ class SphereLBFGS(PrototypeSolver):
     Directions live in the tangent space, steps are retracted by normalising, and older curvature pairs are
     carried along by projection (Absil, Mahony and Sepulchre, Optimization Algorithms on Matrix Manifolds).
     A step of length one is tried first and shortened by cubic interpolation until the objective falls enough.
+    The prototypes that it finds differ from those of gradient descent by a common vector that no softmax
+    sees (:func:`angle_between`); a small step size brings gradient descent to the same ones.
 
     Args:
         params: The prototypes, unit rows.

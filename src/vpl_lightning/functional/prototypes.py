@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +16,9 @@ from vpl_lightning.functional.columns import Columns
 from vpl_lightning.functional.statistics import AllReduce, Statistics
 
 Init = Literal["text", "masked_mean", "zeros", "random"]
+
+SAMPLES_WORTH_A_PRODUCT = 32
+"""Mean samples an image from which on one product an image costs little more than one product a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +61,14 @@ class ObjectiveConfig:
 
 
 class PixelChunk(NamedTuple):
-    """Some samples of phase 1, as the objective reads them."""
+    """All samples of some images, as the objective reads them."""
 
     features: Float[Tensor, "Q D"]
     weights: Float[Tensor, " Q"]
-    images: Int[Tensor, " Q"]
-    """Row of ``allowed`` that belongs to each sample."""
+    sizes: tuple[int, ...]
+    """Samples of each image, in order."""
     allowed: Bool[Tensor, "images R"]
+    """Prototypes of each image's own classes and of the background."""
 
 
 class Evaluation(NamedTuple):
@@ -79,9 +83,10 @@ class Evaluation(NamedTuple):
 class PrototypeObjective:
     """Mean KL(targets || softmax(cosines / tau_image)) over the samples (the paper's equations 7 and 9).
 
-    A pass costs two thin products a chunk in float32, summed in float64: how the data are cut into chunks,
-    files or ranks changes only the rounding. The products of targets and features never change and come in as
-    :class:`Statistics`.
+    A pass costs two thin products in float32. On a CPU the sums over an image are float32, those over images
+    float64, so that how the images are cut into chunks, files or ranks does not matter. (Accelerators, and
+    images of a handful of samples, sum whole chunks: there the cut changes the rounding.) The products of
+    targets and features never change and come in as :class:`Statistics`.
 
     Called with a tensor, it returns a loss for ``backward()`` whose gradient is the closed form. Across
     ``world_size`` ranks the loss has the value over all ranks and ``world_size`` times the gradient of this
@@ -124,6 +129,9 @@ class PrototypeObjective:
         self._world_size = world_size
         self._text = text.double()
         self._workspace = _Workspace()
+        self._by_image = bool(
+            self.statistics.region_counts.sum() >= SAMPLES_WORTH_A_PRODUCT * self.statistics.images
+        )
         if not self.statistics.weight > 0:
             raise DataError(
                 "phase 1 found no pixel to learn from: no map reaches targets.seed_threshold and none stays "
@@ -169,6 +177,7 @@ class PrototypeObjective:
             prototypes.float() / tau,
             offsets,
             restrict=self.config.student_restrict == "present",
+            by_image=self._by_image and exact.device.type == "cpu",
         )
         linear = (local.products * exact).sum() / tau + (local.mass * offsets.double()).sum()
         value = (log_sums - linear - local.entropy) / weight
@@ -208,7 +217,13 @@ class _Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def sweep(
-        self, chunks: Iterable[PixelChunk], scaled: Tensor, offsets: Tensor, *, restrict: bool
+        self,
+        chunks: Iterable[PixelChunk],
+        scaled: Tensor,
+        offsets: Tensor,
+        *,
+        restrict: bool,
+        by_image: bool,
     ) -> tuple[Float[Tensor, "R D"], Float[Tensor, ""]]:
         """Return the weighted sums of ``probabilities.T @ features`` and of the log partition functions.
 
@@ -217,6 +232,7 @@ class _Workspace:
             scaled: Prototypes over the temperature, float32.
             offsets: Added to the logits.
             restrict: Leave out what ``allowed`` leaves out.
+            by_image: One second product an image instead of one a chunk.
         """
         sums = torch.zeros_like(scaled, dtype=torch.float64)
         log_sums = torch.zeros((), dtype=torch.float64, device=scaled.device)
@@ -229,12 +245,17 @@ class _Workspace:
             if shifted:
                 logits.add_(offsets)
             if restrict:
-                logits.masked_fill_(~chunk.allowed[chunk.images], -torch.inf)
+                owners = torch.repeat_interleave(torch.tensor(chunk.sizes, device=scaled.device))
+                logits.masked_fill_(~chunk.allowed[owners], -torch.inf)
             highest = logits.amax(-1, keepdim=True)
             total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
             log_sums += (total.log() + highest)[:, 0].double() @ chunk.weights.double()
             logits.mul_(chunk.weights[:, None] / total)
-            sums += torch.mm(logits.T, features, out=self._get("sums", tuple(scaled.shape), scaled))
+            part, start = self._get("part", (scaled.shape[0], scaled.shape[1]), scaled), 0
+            for size in chunk.sizes if by_image else (count,):
+                rows = slice(start, start + size)
+                sums += torch.mm(logits[rows].T, features[rows], out=part)
+                start += size
         return sums, log_sums
 
     def _get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

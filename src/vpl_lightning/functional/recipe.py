@@ -44,7 +44,7 @@ class SolverConfig:
     name: Literal["pgd", "lbfgs"] = "pgd"
     steps: int = 300
     lr: float = 10.0
-    halving: Halving = "tangential"
+    halving: Halving = "objective"
     lr_floor: float = 0.0
     projection: Projection = "sphere"
     radius: float = 1.0

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from vpl_lightning.errors import ConfigurationError
 
-Halving = Literal["tangential", "objective", "raw", "none"]
+Halving = Literal["objective", "tangential", "raw", "none"]
 Projection = Literal["sphere", "ball"]
 Closure = Callable[[], Any]
 
@@ -87,15 +87,17 @@ class ProjectedGradient(PrototypeSolver):
     for good, whenever a measure gets worse:
 
     ============== ===================================================================================
-    ``tangential`` the gradient along the sphere grew and the objective did not fall
-    ``objective``  the objective rose
-    ``raw``        the norm of the whole gradient grew (InMaP). Its radial part does not vanish at a
-                   solution, so this rule can stop the descent early
+    ``objective``  the objective rose or, where float32 cannot tell, the gradient along the sphere grew.
+                   The step is taken back as well
+    ``tangential`` the gradient along the sphere grew
+    ``raw``        the whole gradient grew (InMaP)
     ``none``       never
     ============== ===================================================================================
 
-    With the first two rules, the step that made things worse is also taken back. InMaP keeps it; the first
-    steps then wander so far that rounding decides where the descent ends.
+    InMaP's measure does not vanish at a solution, as the radial part of the gradient does not; it, and to
+    some extent its tangential part, can grow on the way down too, and then halve the step size away far from
+    a solution. InMaP also keeps the steps that made things worse, and the first ones wander so far that
+    rounding decides where the descent ends. Hence the default.
 
     Args:
         params: The prototypes.
@@ -115,7 +117,7 @@ class ProjectedGradient(PrototypeSolver):
         params: Iterable[Tensor],
         lr: float = 10.0,
         *,
-        halving: Halving = "tangential",
+        halving: Halving = "objective",
         lr_floor: float = 0.0,
         projection: Projection = "sphere",
         radius: float = 1.0,
@@ -157,7 +159,7 @@ class ProjectedGradient(PrototypeSolver):
         may_halve = worse and group["lr"] > group["lr_floor"]
         if may_halve:
             group["lr"] = max(group["lr"] / 2, group["lr_floor"])
-        if may_halve and group["halving"] in ("tangential", "objective"):
+        if may_halve and group["halving"] == "objective":
             parameter.copy_(before)
         else:
             self._settle(value, gradient, measure)
@@ -185,11 +187,15 @@ class ProjectedGradient(PrototypeSolver):
 
     def _worse(self, value: float, gradient: Tensor, measure: float) -> bool:
         state, rule = self._state, self.param_groups[0]["halving"]
-        slack = ROUNDING * max(1.0, abs(state["value"]))
+        if rule == "none":
+            return False
         if not math.isfinite(value):
-            return bool(rule != "none")
+            return True
+        if rule == "raw":
+            return bool(gradient.norm() > state["gradient"].norm())
+        grew: bool = measure > state["measure"]
         if rule == "tangential":
-            return bool(measure > state["measure"] and value > state["value"] - slack)
-        if rule == "objective":
-            return bool(value > state["value"] + slack)
-        return bool(rule == "raw" and gradient.norm() > state["gradient"].norm())
+            return grew
+        rise = value - state["value"]
+        slack = ROUNDING * max(1.0, abs(state["value"]))
+        return rise > slack or (grew and rise > -slack)

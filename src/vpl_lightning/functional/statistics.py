@@ -30,11 +30,13 @@ class Statistics:
     entropy: Float[Tensor, ""]
     """Weighted entropy of the targets, in nats."""
     weight: Float[Tensor, ""]
+    images: Float[Tensor, ""]
+    """Images with at least one sample."""
 
     @classmethod
     def zeros(cls, rows: int, width: int) -> Statistics:
         """Statistics of nothing."""
-        shapes = ((rows, width), (rows,), (rows, width), (rows,), (), ())
+        shapes = ((rows, width), (rows,), (rows, width), (rows,), (), (), ())
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     @classmethod
@@ -50,6 +52,7 @@ class Statistics:
             regions.sum(0),
             -torch.special.xlogy(weighted, targets).sum(),
             selected.weights.sum(),
+            torch.tensor(float(len(features) > 0)),
         )
         return cls(*(part.double().cpu() for part in parts))
 
