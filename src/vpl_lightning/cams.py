@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,8 +34,13 @@ class BaselineInfo:
 class CAMGenerator(nn.Module, ABC):
     """Makes localisation maps for the classes that an image is tagged with, by comparing it with prototypes.
 
-    A generator implements :meth:`localise` alone. Text and vision prototypes are the same thing to it: rows of
-    :attr:`prototypes`, the ``N`` foreground classes first, then the ``M`` background words.
+    A generator implements :meth:`localise` alone. Text and vision prototypes are the same thing to it: rows
+    of :attr:`prototypes`, the ``N`` foreground classes first, then the ``M`` background words.
+
+    One that learns from the whole data set before use sets :attr:`needs_fit` and implements :meth:`observe`,
+    :meth:`bank_state` and :meth:`fit`: phase 1 then passes once over the training images, each process over
+    its share, fits with what all of them noted, and keeps that beside the prototypes. Without it,
+    :meth:`localise` must still work.
 
     Args:
         encoder: The frozen CLIP.
@@ -42,6 +48,8 @@ class CAMGenerator(nn.Module, ABC):
     """
 
     info: BaselineInfo = BaselineInfo(paper="", origin="", licence="")
+    needs_fit: ClassVar[bool] = False
+    """Whether a pass over the training images comes before use."""
 
     def __init__(self, encoder: CLIPEncoder, classes: ClassSet | str) -> None:
         super().__init__()
@@ -64,8 +72,8 @@ class CAMGenerator(nn.Module, ABC):
     def prototypes(self, value: Float[Tensor, "C D"]) -> None:
         if value.shape != self._prototypes.shape:
             raise ConfigurationError(
-                f"prototypes must have shape {tuple(self._prototypes.shape)} (foreground rows, then background, "
-                f"times the joint width), got {tuple(value.shape)}"
+                f"prototypes must have shape {tuple(self._prototypes.shape)} (foreground rows, then background "
+                f"rows, times the joint width), got {tuple(value.shape)}"
             )
         value = value.detach().to(self._prototypes)
         lengths = value.norm(dim=-1)
@@ -85,12 +93,39 @@ class CAMGenerator(nn.Module, ABC):
         Args:
             images: The images as decoded, each of its own size.
             encoded: What the frozen CLIP made of them, in the same order.
-            labels: For each image its ``(K,)`` int64 foreground ids, in the order in which the maps must come;
-                never empty, never twice the same.
+            labels: For each image its ``(K,)`` int64 foreground ids, in the order in which the maps must
+                come; never empty, never twice the same.
 
         Returns:
-            One :class:`ClassCAMs` an image. Maps lie in [0, 1], are finite, carry no gradient and depend on nothing
-            but the arguments and the prototypes: not on the other images of the batch.
+            One :class:`ClassCAMs` an image. Maps lie in [0, 1], are finite, carry no gradient and depend on
+            nothing but the arguments and the prototypes (and what :meth:`fit` learnt): not on the other
+            images of the batch. ``vpl_lightning.testing`` checks a generator against this.
+        """
+
+    def observe(  # noqa: B027 - optional
+        self,
+        keys: Sequence[str],
+        images: Sequence[ImageArray],
+        encoded: EncodedImages,
+        labels: Sequence[Tensor],
+    ) -> None:
+        """Note what :meth:`fit` needs of images that share a patch grid; does nothing unless overridden.
+
+        Args:
+            keys: Image ids. What is noted must not depend on the order in which images come.
+            images: As :meth:`localise` takes them; ``encoded`` and ``labels`` likewise.
+            encoded: What the frozen CLIP made of the images.
+            labels: Foreground ids of each.
+        """
+
+    def bank_state(self) -> dict[str, Tensor]:
+        """Return all that was noted, as tensors that safetensors can hold; empty unless overridden."""
+        return {}
+
+    def fit(self, states: Sequence[Mapping[str, Tensor]]) -> None:  # noqa: B027 - optional
+        """Take over what processes noted (the :meth:`bank_state` of each) and get ready for use.
+
+        Afterwards :meth:`bank_state` returns all of it, so that fitting with that alone does the same.
         """
 
     def generate(self, image: ImageArray | Image.Image, labels: Sequence[int]) -> ClassCAMs:
@@ -105,7 +140,7 @@ class CAMGenerator(nn.Module, ABC):
     def generate_batch(
         self, images: Sequence[ImageArray | Image.Image], labels: Sequence[Sequence[int]]
     ) -> list[ClassCAMs]:
-        """Make the maps of many images; equal to one :meth:`generate` an image, images of equal grid go together.
+        """Make the maps of many images, those of equal grid together; equal to one :meth:`generate` an image.
 
         Raises:
             DataError: If an image is not uint8 RGB, or its labels are empty, repeated or unknown.
@@ -128,7 +163,7 @@ class CAMGenerator(nn.Module, ABC):
         Args:
             images: As decoded.
             labels: Foreground ids of each.
-            resized: The images on a patch multiple, where a data loader has done :meth:`CLIPEncoder.resize` already.
+            resized: The images on a patch multiple, where a loader has done :meth:`CLIPEncoder.resize`.
             batch_size: At most so many images at once; all of a grid if None.
 
         Yields:
@@ -137,6 +172,37 @@ class CAMGenerator(nn.Module, ABC):
         Raises:
             DataError: If an image is not uint8 RGB, or its labels are empty, repeated or unknown.
         """
+        for members, arrays, encoded, ids in self._encoded_groups(images, labels, resized, batch_size):
+            yield members, encoded, self.localise(arrays, encoded, ids)
+
+    def observe_images(
+        self,
+        keys: Sequence[str],
+        images: Sequence[ImageArray | Image.Image],
+        labels: Sequence[Sequence[int]],
+        *,
+        resized: Sequence[ImageArray] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Encode images of equal grid together and :meth:`observe` them.
+
+        Args:
+            keys: Image ids.
+            images: As :meth:`stream` takes them, like all other arguments.
+            labels: Foreground ids of each.
+            resized: The images on a patch multiple, if at hand.
+            batch_size: At most so many images at once.
+        """
+        for members, arrays, encoded, ids in self._encoded_groups(images, labels, resized, batch_size):
+            self.observe([keys[i] for i in members], arrays, encoded, ids)
+
+    def _encoded_groups(
+        self,
+        images: Sequence[ImageArray | Image.Image],
+        labels: Sequence[Sequence[int]],
+        resized: Sequence[ImageArray] | None,
+        batch_size: int | None,
+    ) -> Iterator[tuple[list[int], list[ImageArray], EncodedImages, list[Tensor]]]:
         if len(images) != len(labels):
             raise DataError(f"{len(images)} images but {len(labels)} label lists")
         arrays = [as_rgb(image) for image in images]
@@ -149,7 +215,7 @@ class CAMGenerator(nn.Module, ABC):
             for start in range(0, len(group), batch_size or len(group)):
                 members = group[start : start + (batch_size or len(group))]
                 encoded = self.encoder.encode(np.stack([pixels[i] for i in members]))
-                yield members, encoded, self.localise([arrays[i] for i in members], encoded, [ids[i] for i in members])
+                yield members, [arrays[i] for i in members], encoded, [ids[i] for i in members]
 
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """Return labels as ``(K,)`` int64 on the generator's device.

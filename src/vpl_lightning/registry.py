@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from vpl_lightning.cams import CAMGenerator
+from vpl_lightning.cams import BaselineInfo, CAMGenerator
 from vpl_lightning.clip import ClassSet, CLIPEncoder
 from vpl_lightning.errors import ConfigurationError, PluginError
 
@@ -33,7 +33,10 @@ class Registry:
 
         def decorate(cls: G) -> G:
             owner = self._owner(name)
-            same = owner in (f"{cls.__module__}:{cls.__qualname__}", f"{cls.__module__.rpartition('.')[0]}:{cls.__qualname__}")
+            same = owner in (
+                f"{cls.__module__}:{cls.__qualname__}",
+                f"{cls.__module__.rpartition('.')[0]}:{cls.__qualname__}",
+            )
             if owner is not None and not same:
                 raise PluginError(f"the baseline name '{name}' is taken by {owner}; choose another one")
             self._classes[name] = cls
@@ -62,13 +65,21 @@ class Registry:
         if claims is None:
             raise ConfigurationError(f"unknown baseline '{name}'; available: {', '.join(self)}")
         if len(claims) > 1:
-            raise PluginError(f"the baseline '{name}' is claimed by {claims[0].value} and by {claims[1].value}")
+            raise PluginError(
+                f"the baseline '{name}' is claimed by {claims[0].value} and by {claims[1].value}"
+            )
         try:
             loaded = claims[0].load()
-        except Exception as error:
-            raise PluginError(f"the baseline '{name}' ({claims[0].value}) cannot be imported: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise PluginError(
+                f"the baseline '{name}' ({claims[0].value}) cannot be imported: {error!r}"
+            ) from error
         if not (inspect.isclass(loaded) and issubclass(loaded, CAMGenerator)) or inspect.isabstract(loaded):
             raise PluginError(f"the baseline '{name}' ({claims[0].value}) is not a concrete CAMGenerator")
+        if not isinstance(loaded.info, BaselineInfo):
+            raise PluginError(
+                f"the baseline '{name}' ({claims[0].value}) has an info that is no BaselineInfo"
+            )
         self._classes[name] = loaded
         return loaded
 
