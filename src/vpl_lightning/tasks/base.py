@@ -54,7 +54,7 @@ class SegmentationTask(LightningModule, ABC):
         otherwise warn in every run that it found modules in eval mode.
         """
         for name, module in modules.items():
-            self._held[name] = module.to(self.device)
+            self._held[name] = module.to(self.device).eval()
             object.__setattr__(self, name, module)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:

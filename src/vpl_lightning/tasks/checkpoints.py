@@ -9,8 +9,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import nn
 
 from vpl_lightning.errors import ConfigurationError
@@ -22,6 +22,43 @@ PATTERNS = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpo
 
 Record = Mapping[str, Any]
 """What a checkpoint says of itself: ``stage``, ``classes``, ``encoder``, ``settings``."""
+
+
+class LatestCheckpoint(Checkpoint):
+    """Keeps the latest state of a run in one file: every so many steps, and when training ends.
+
+    Lightning's ``ModelCheckpoint`` does one of the two. A task brings this as a class of its own, so that
+    Lightning does not take it for a replacement of the ``ModelCheckpoint`` that a user has configured.
+
+    Args:
+        path: The file.
+        steps: Optimiser steps between two writings.
+    """
+
+    def __init__(self, path: str | Path, *, steps: int) -> None:
+        self.path = Path(path)
+        self.steps = steps
+        self._written = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the run begins."""
+        self._written = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write after every so many steps."""
+        if trainer.global_step - self._written >= self.steps:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last state, unless it is written already."""
+        if trainer.global_step > self._written:
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        self._written = trainer.global_step
+        trainer.save_checkpoint(self.path)
 
 
 def read_record(path: Path) -> Record | None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -19,7 +20,7 @@ from vpl_lightning.artifacts import fingerprint
 from vpl_lightning.clip import ClassSet
 from vpl_lightning.data import EvaluationBatch, SegmentationDataModule, TrainingBatch
 from vpl_lightning.decoder import DecoderOutput, DecoderSpec, SegmentationDecoder
-from vpl_lightning.errors import DataError
+from vpl_lightning.errors import ConfigurationError, DataError
 from vpl_lightning.inference import (
     InferenceSpec,
     enlarge,
@@ -32,16 +33,19 @@ from vpl_lightning.metrics import score_table
 from vpl_lightning.predictions import PredictionSpec, PredictionWriter, write_server_archive
 from vpl_lightning.structures import ImageArray
 from vpl_lightning.tasks.base import SegmentationTask
-from vpl_lightning.tasks.checkpoints import state_fingerprint
+from vpl_lightning.tasks.checkpoints import LatestCheckpoint, state_fingerprint
 from vpl_lightning.tasks.gather import gather_list, gather_rows
-from vpl_lightning.tasks.losses import LossSpec, SegmentationLoss
+from vpl_lightning.tasks.losses import Losses, LossSpec, SegmentationLoss
 from vpl_lightning.tasks.optimizers import OptimizerSpec
 from vpl_lightning.tasks.randomness import seeded
+from vpl_lightning.tasks.resumable import ResumableLoader
 from vpl_lightning.tasks.vision_prototype import VisionPrototypeModule
 
 VERSION = 1
 """Version of the code of this stage, part of every fingerprint: raise it when its results come out
 differently."""
+ORDER = "training_order"
+"""Entry of a checkpoint with the place in the order of training."""
 Spec = TypeVar("Spec")
 
 
@@ -49,8 +53,9 @@ class DecoderModule(SegmentationTask):
     """Trains a decoder on the frozen CLIP's hidden layers with pseudo-masks; scores it and predicts.
 
     The decoder is WeCLIP's; cross-entropy and regional semantic contrast are the paper's. The paper does not
-    give learning rate, schedule, crops, scales or the CRF at test; our defaults say where they are from. The prototypes are copied from the localiser when training
-    starts and travel in the checkpoint, so that scoring and predicting need no other file.
+    give learning rate, schedule, crops, scales or the CRF at test; our defaults say where they are from. The
+    prototypes are copied from the localiser when training starts and travel in the checkpoint, so that
+    scoring and predicting need no other file.
 
     Args:
         localiser: Phase 1: gives encoder, class set and prototypes. No part of this module's parameters or
@@ -61,6 +66,8 @@ class DecoderModule(SegmentationTask):
         evaluation: How ``test`` and ``predict`` segment whole images.
         full_validation: Validate like that too. Otherwise at one scale, without flip and CRF.
         prediction: What ``predict`` writes.
+        checkpoint_steps: Steps between checkpoints to go on from, ``decoder/checkpoints/last.ckpt``; the last
+            step leaves one in any case.
         seed: Of initial weights, dropout and drawn classes.
     """
 
@@ -79,9 +86,12 @@ class DecoderModule(SegmentationTask):
         evaluation: InferenceSpec | None = None,
         full_validation: bool = False,
         prediction: PredictionSpec | None = None,
+        checkpoint_steps: int = 500,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if checkpoint_steps < 1:
+            raise ConfigurationError(f"model.checkpoint_steps={checkpoint_steps} must be at least 1")
         # Not as a submodule: its weights, metrics and hooks are not this task's.
         object.__setattr__(self, "localiser", localiser)
         self.decoder_spec = _as_spec(DecoderSpec, decoder)
@@ -90,10 +100,12 @@ class DecoderModule(SegmentationTask):
         self.evaluation = _as_spec(InferenceSpec, evaluation)
         self.full_validation = full_validation
         self.prediction = _as_spec(PredictionSpec, prediction)
+        self.checkpoint_steps = checkpoint_steps
         self.seed = seed
         self._writer: PredictionWriter | None = None
         self._predicted: list[str] = []
         self._model = ""
+        self._place: dict[str, Any] | None = None
         self.save_hyperparameters(
             {
                 "decoder": asdict(self.decoder_spec),
@@ -102,6 +114,7 @@ class DecoderModule(SegmentationTask):
                 "evaluation": asdict(self.evaluation),
                 "full_validation": full_validation,
                 "prediction": asdict(self.prediction),
+                "checkpoint_steps": checkpoint_steps,
                 "seed": seed,
             }
         )
@@ -168,6 +181,38 @@ class DecoderModule(SegmentationTask):
             }
         return own
 
+    def training_loader(self, datamodule: SegmentationDataModule) -> ResumableLoader:
+        """Return the views to train on, in an order that a checkpoint can go on from."""
+        return ResumableLoader(datamodule.views_dataloader())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also keep the place in the order of training."""
+        super().on_save_checkpoint(checkpoint)
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, ResumableLoader):
+            checkpoint[ORDER] = loader.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also remember the place in the order of training."""
+        self._place = checkpoint.get(ORDER)
+        super().on_load_checkpoint(checkpoint)
+
+    def on_train_start(self) -> None:
+        """Find the place in the order of training at which an interrupted run stopped.
+
+        Lightning would, had it not been asked before how many steps there are: then it forgets.
+        """
+        loader = self.trainer.train_dataloader
+        if self.trainer.ckpt_path is not None and self._place and isinstance(loader, ResumableLoader):
+            loader.load_state_dict(self._place)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Keep the latest state of the run, so that an interrupted fit goes on."""
+        root = Path(self.trainer.default_root_dir)
+        return [
+            LatestCheckpoint(root / self.stage / "checkpoints" / "last.ckpt", steps=self.checkpoint_steps)
+        ]
+
     def forward(
         self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]
     ) -> Float[Tensor, "B C h w"]:
@@ -183,7 +228,7 @@ class DecoderModule(SegmentationTask):
         """Return the loss of a batch of views; random numbers depend on seed, epoch, batch and rank alone."""
         with seeded(self.seed, self.current_epoch, batch_idx, self.global_rank, device=self.device):
             output = self.decoder(self.encoder.hidden(batch["image"]))
-            losses = self.loss(output, batch["mask"], batch["labels"], self.decoder.prototypes)
+            losses: Losses = self.loss(output, batch["mask"], batch["labels"], self.decoder.prototypes)
         count = len(batch["id"])
         self.log("train/loss", losses.total, prog_bar=True, batch_size=count)
         self.log("train/ce", losses.ce, batch_size=count)
