@@ -124,7 +124,7 @@ def make_voc(folder, *, train=4, val=3, augmented=3, test=0, sizes=None, kinds=N
         "val": [f"2008_{number:06d}" for number in range(val)],
         "test": [f"2009_{number:06d}" for number in range(test)],
     }
-    extra = [f"2010_{number:06d}" for number in range(augmented)]
+    extra = [f"2020_{number:06d}" for number in range(augmented)]
     labels = {}
     for seed, name in enumerate([*splits["train"], *splits["val"], *extra, *splits["test"]]):
         size = (sizes or {}).get(name, (40, 60))

@@ -173,7 +173,7 @@ def paint_mask(job: PaintingJob) -> str | None:
     for instance in job.instances:
         try:
             mask[instance_region(instance.segmentation, job.size)] = instance.value
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except Exception as error:  # pycocotools raises the bare class for shapes it does not know
             return f"{job.target.stem}: an annotation cannot be drawn: {error!r}"
     write_mask(job.target, mask, fingerprint=job.fingerprint)
     return None

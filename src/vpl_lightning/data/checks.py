@@ -18,6 +18,8 @@ OnBadImage = Literal["raise", "skip", "list"]
 ``raise``: stop at the first one, when it is read. ``list``: look at all before starting, and stop with the
 names of all bad ones. ``skip``: look at all before starting, print the bad ones and go on without them.
 """
+ROWS_AT_A_TIME = 1024
+"""Images handed to the threads at once, so that memory does not grow with their number."""
 NAMES_SHOWN = 20
 """Bad images that an error message spells out."""
 
@@ -67,8 +69,11 @@ def find_bad(images: TaggedImages, *, threads: int = 1) -> dict[str, str]:
         return None
 
     rank, world_size = ranks()
+    rows = range(rank, len(images), world_size)
+    found = []
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        found = [item for item in pool.map(fault, range(rank, len(images), world_size)) if item]
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            found += [item for item in pool.map(fault, rows[start : start + ROWS_AT_A_TIME]) if item]
     if world_size > 1:
         shares: list[list[tuple[str, str]]] = [[] for _ in range(world_size)]
         distributed.all_gather_object(shares, found)

@@ -80,7 +80,7 @@ class TrainingSampler(Sampler[int]):
         usable = self.length - self.length % self.world_size
         start, self.start = self.start, 0
         rows = order[self.rank : usable : self.world_size][start:]
-        return iter((rows + self.epoch * self.length).tolist())
+        return (int(row) + self.epoch * self.length for row in rows)
 
     def __len__(self) -> int:
         """Count this rank's rows in a whole epoch."""
