@@ -97,7 +97,8 @@ def count_masks(
     Raises:
         DataError: If a file is missing or wrong, or sizes differ; names it.
     """
-    return _accumulate(jobs, rules, bins=1, workers=workers)[0]
+    matrix: Int64[np.ndarray, "C C"] = _accumulate(jobs, rules, bins=1, workers=workers)[0]
+    return matrix
 
 
 def count_maps(
@@ -136,8 +137,7 @@ def _accumulate(
     count = partial(count_image, rules=rules)
     for cells, pixels in process_files(count, jobs, total=len(jobs), title="scoring", workers=workers):
         table[cells] += pixels
-    matrices: Int64[np.ndarray, "bins C C"] = table.reshape(bins, rules.num_classes, rules.num_classes)
-    return matrices
+    return table.reshape(bins, rules.num_classes, rules.num_classes)
 
 
 def count_image(job: ScoreJob, *, rules: CountRules) -> Counts:
