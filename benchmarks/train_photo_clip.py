@@ -71,7 +71,8 @@ class Training:
         kept: Share of an image's patches that a view shows.
         rate: AdamW's highest learning rate; cosine after the warm-up.
         decay: Weight decay of the matrices.
-        scales: CLIP's logit scale at the first and at the last step, geometric in between.
+        scales: Logit scale at the first and the last step, geometric in between. CLIP learns it from 1 / 0.07
+            up to 100; in so few steps it would not get beyond the second.
         background: Share of views that show only the border.
         single: Share of captions that name one tag alone.
     """
@@ -81,7 +82,7 @@ class Training:
     kept: float = 0.3
     rate: float = 1e-3
     decay: float = 0.2
-    scales: tuple[float, float] = (20.0, 100.0)
+    scales: tuple[float, float] = (1 / 0.07, 30.0)
     background: float = 0.1
     single: float = 0.5
 
