@@ -245,12 +245,15 @@ class _Workspace:
             if shifted:
                 logits.add_(offsets)
             if restrict:
-                owners = torch.repeat_interleave(torch.tensor(chunk.sizes, device=scaled.device))
-                logits.masked_fill_(~chunk.allowed[owners], -torch.inf)
+                owners = torch.repeat_interleave(torch.tensor(chunk.sizes))
+                logits.masked_fill_(
+                    ~chunk.allowed[owners.to(chunk.allowed.device)].to(scaled.device), -torch.inf
+                )
+            weights = chunk.weights.to(scaled.device)
             highest = logits.amax(-1, keepdim=True)
             total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
-            log_sums += (total.log() + highest)[:, 0].double() @ chunk.weights.double()
-            logits.mul_(chunk.weights[:, None] / total)
+            log_sums += (total.log() + highest)[:, 0].double() @ weights.double()
+            logits.mul_(weights[:, None] / total)
             part, start = self._get("part", (scaled.shape[0], scaled.shape[1]), scaled), 0
             for size in chunk.sizes if by_image else (count,):
                 rows = slice(start, start + size)
