@@ -15,7 +15,6 @@ from tests.models import tiny_clip
 from vpl_lightning.clip import ClassSet, CLIPEncoder
 from vpl_lightning.data import Augmentation, Entry, SegmentationDataModule, TaggedIndex
 from vpl_lightning.data.images import ImageSource, MaskSource
-from vpl_lightning.masks import MaskConfig
 from vpl_lightning.tasks import (
     DecoderModule,
     DecoderSpec,
@@ -100,7 +99,6 @@ class StandIn(SegmentationTask):
     def __init__(self, *, encoder: CLIPEncoder | None = None, seed: int = 0) -> None:
         super().__init__()
         self.hold(encoder=encoder or CLIPEncoder(tiny_clip()))
-        self.masks = MaskConfig()
         self.seed = seed
 
     def attach(self, classes: ClassSet) -> None:
@@ -111,9 +109,6 @@ class StandIn(SegmentationTask):
         count = len(self.classes.foreground) + len(self.classes.background)
         generator = torch.Generator().manual_seed(self.seed)
         return F.normalize(torch.randn(count, self.encoder.joint_width, generator=generator), dim=1)
-
-    def mask_settings(self, datamodule: SegmentationDataModule) -> dict[str, Any]:
-        return {"data": datamodule.fingerprint("train")}
 
 
 def module(localiser: StandIn | None = None, **settings: Any) -> DecoderModule:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tests.models import tiny_clip
 from tests.phase2.standin import CLASSES, FAST, PLAIN, SMALL, SquaresDataModule, StandIn, module, trainer
-from vpl_lightning.artifacts import read_mask
+from vpl_lightning.artifacts import Manifest, read_mask, write_mask
 from vpl_lightning.clip import CLIPEncoder
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional.confusion import confusion_matrix
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(
         assert message in refusal(tmp_path / "changed.ckpt", StandIn())
 
 
-def test_a_registered_encoder_stays_out_of_checkpoints():
+def test_a_registered_encoder_stays_out_of_checkpoints(tmp_path: Path):
     class Registering(StandIn):
         def __init__(self) -> None:
             super().__init__()
@@ -156,7 +156,7 @@ def test_a_registered_encoder_stays_out_of_checkpoints():
             self.attach(CLASSES)
 
     task = Registering()
-    task._trainer = type("T", (), {"datamodule": None})()
+    task.trainer = trainer(tmp_path)
     checkpoint = {"state_dict": task.state_dict()}
     task.on_save_checkpoint(checkpoint)
     assert set(checkpoint["state_dict"]) == {"own.weight", "own.bias"}
@@ -320,6 +320,13 @@ def test_a_run_folder_knows_what_to_go_on_from(
     assert "settings.optimizer.lr changed from 0.005 to 0.1" in said
     assert module(StandIn(seed=1)).checkpoint_to_resume(run, data) is None
     assert "prototypes changed" in capsys.readouterr().out
+    masks = tmp_path / "masks"
+    for row in range(10):
+        write_mask(masks / f"{row}.png", np.zeros((40, 48), np.uint8))
+    Manifest({"made": "elsewhere"}).write(masks)
+    data.use_pseudo_masks(masks)
+    assert module().checkpoint_to_resume(run, data) is None
+    assert f"to '{Manifest({'made': 'elsewhere'}).fingerprint}'" in capsys.readouterr().out
     empty = trainer(tmp_path)
     (tmp_path / "damaged.ckpt").write_bytes(b"not a checkpoint")
     assert module().checkpoint_to_resume(empty, data) is None

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 from jaxtyping import Int64
 from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from vpl_lightning.artifacts import canonical
 from vpl_lightning.clip import ClassSet, CLIPEncoder
 from vpl_lightning.data import SegmentationDataModule
 from vpl_lightning.errors import ConfigurationError
@@ -117,7 +119,9 @@ class SegmentationTask(LightningModule, ABC):
         weights = checkpoint["state_dict"]
         for key in [key for key in weights if _of_encoder(key)]:
             del weights[key]
-        self._saved = self._saved or self._record(getattr(self.trainer, "datamodule", None))
+        if not self._saved:
+            fitting = self.trainer.state.fn == TrainerFn.FITTING
+            self._saved = self._record(getattr(self.trainer, "datamodule", None) if fitting else None)
         checkpoint[KEY] = self._saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -176,7 +180,7 @@ class SegmentationTask(LightningModule, ABC):
             "stage": self.stage,
             "classes": list(self.classes.foreground),
             "encoder": self.encoder.fingerprint(),
-            "settings": self.settings(datamodule),
+            "settings": canonical(self.settings(datamodule)),
         }
 
     def _check(self, record: Any) -> None:
