@@ -33,10 +33,10 @@ class Affinity(NamedTuple):
 
 
 def balance(attention: Float[Tensor, "P P"], *, rounds: int = SINKHORN_ROUNDS) -> Affinity:
-    """Sinkhorn rounds on the averaged attention among patches; a round divides by column sums, then by row sums.
+    """Sinkhorn rounds on the attention among patches; a round divides by column sums, then by row sums.
 
     Args:
-        attention: Mean of the attention maps, class token removed; rows are queries.
+        attention: Mean of the attention maps of the last blocks, class token removed; rows are queries.
         rounds: As the released code does them, too few to converge.
     """
     rows = attention.new_ones(len(attention), 1)
@@ -50,9 +50,10 @@ def balance(attention: Float[Tensor, "P P"], *, rounds: int = SINKHORN_ROUNDS) -
 def box_mask(cam: npt.NDArray[np.float32], *, threshold: float) -> npt.NDArray[np.bool_]:
     """Union of the bounding boxes of the connected regions of a thresholded map.
 
-    The released code takes the boxes of OpenCV's contours; inner contours lie inside outer ones, so the boxes of the
-    8-connected components have the same union. It clips a box's exclusive end to the last index, so that the last row
-    and column of the grid are never inside: kept, because it is part of the published numbers.
+    The released code takes the boxes of OpenCV's contours; inner contours lie inside outer ones, so the boxes
+    of the 8-connected components have the same union. It clips a box's exclusive end to the last index, so
+    that the last row and column of the grid are never inside: kept, because it is part of the published
+    numbers.
 
     Args:
         cam: ``(h, w)`` in [0, 1].
@@ -80,7 +81,8 @@ def refine_cams(
 ) -> Float[Tensor, "K h w"]:
     """Spread each map twice along the symmetric affinity, from inside its boxes; scaled to [0, 1].
 
-    The square of the matrix is never formed: two thin products serve all classes.
+    The square of the matrix is never formed: two thin products serve all classes. A map without a patch in
+    a box stays zero, as in the released code.
 
     Args:
         cams: In [0, 1].

@@ -84,6 +84,8 @@ class BlockTrace(NamedTuple):
     """``attention @ value`` per head."""
     middle: Float[Tensor, "B T V"]
     """Residual stream after attention."""
+    hidden: Float[Tensor, "B T V4"]
+    """Inside the MLP, before its activation."""
     outputs: Float[Tensor, "B T V"]
     """Residual stream after the block."""
 
@@ -144,11 +146,12 @@ def trace_block(
         split_heads(part, block.heads)
         for part in F.linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
     )
-    attention = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
+    attention = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1)
     mixed = attention @ value
     middle = inputs + F.linear(merge_heads(mixed), block.out_weight, block.out_bias)
-    outputs = middle + mlp(layer_norm(middle, block.norm_2), block)
-    return BlockTrace(inputs, normed, query, key, value, attention, mixed, middle, outputs)
+    hidden = F.linear(layer_norm(middle, block.norm_2), block.fc_weight, block.fc_bias)
+    outputs = middle + F.linear(activate(hidden, block.activation), block.proj_weight, block.proj_bias)
+    return BlockTrace(inputs, normed, query, key, value, attention, mixed, middle, hidden, outputs)
 
 
 def forward_block(inputs: Float[Tensor, "B T V"], block: BlockWeights) -> Float[Tensor, "B T V"]:
