@@ -28,7 +28,7 @@ def coloured(height, width, seed):
     st.integers(4, 90),
     st.integers(8, 64),
     keys,
-    st.sampled_from([Augmentation(), Augmentation(scale_min=1, scale_max=1), Augmentation(scale_min=0.3)]),
+    st.sampled_from([Augmentation(), Augmentation(scale_min=1.0, scale_max=1.0), Augmentation(scale_min=0.3)]),
 )
 def test_image_and_mask_never_drift_apart(height, width, size, key, augmentation):
     image, mask = coloured(height, width, seed=3)
@@ -91,7 +91,7 @@ def test_jitter_leaves_the_mask_alone():
     assert (plain[0] != jittered[0]).any()
 
 
-@pytest.mark.parametrize("wrong", [{"scale_min": 0}, {"scale_min": 3.0}, {"flip": 1.5}, {"jitter": -0.1}])
+@pytest.mark.parametrize("wrong", [{"scale_min": 0.0}, {"scale_min": 3.0}, {"flip": 1.5}, {"jitter": -0.1}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         Augmentation(**wrong)

@@ -210,8 +210,7 @@ def annotation_file(root: Path, split: str) -> Path:
             return place
     raise ConfigurationError(
         f"root='{root}' has no annotations of '{split}': looked for {', '.join(map(str, places))}; unpack "
-        "COCO's "
-        "annotations there, or choose other splits"
+        "COCO's annotations there, or choose other splits"
     )
 
 

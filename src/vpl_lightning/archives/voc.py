@@ -47,8 +47,7 @@ def voc_root(root: str | Path) -> Path:
             return place
     raise ConfigurationError(
         f"root='{root}' is no VOC 2012: no folder JPEGImages in {', '.join(map(str, places))}; give the path "
-        "of "
-        "VOC2012 or VOCdevkit"
+        "of VOC2012 or VOCdevkit"
     )
 
 
@@ -64,8 +63,7 @@ def sbd_root(sbd: str | Path) -> Path:
             return place
     raise ConfigurationError(
         f"sbd='{sbd}' is no SBD: no folder cls with train.txt and val.txt in {', '.join(map(str, places))}; "
-        "give the "
-        "path of benchmark_RELEASE"
+        "give the path of benchmark_RELEASE"
     )
 
 

@@ -151,16 +151,14 @@ def count_image(job: ScoreJob, *, rules: CountRules) -> Counts:
     if labels.shape != truth.shape:
         raise DataError(
             f"{job.prediction} has {labels.shape[0]} x {labels.shape[1]} pixels (H x W), its truth "
-            f"{job.truth} "
-            f"{truth.shape[0]} x {truth.shape[1]}"
+            f"{job.truth} {truth.shape[0]} x {truth.shape[1]}"
         )
     counted = truth != VOID
     predicted_void = counted & (labels == VOID)
     if predicted_void.any() and rules.void == "refuse":
         raise DataError(
             f"{job.prediction} leaves {int(predicted_void.sum())} pixels void where the truth has a class; "
-            "set void to "
-            "background or ignore"
+            "set void to background or ignore"
         )
     if rules.void == "ignore":
         counted &= ~predicted_void

@@ -137,18 +137,15 @@ class SegmentationDataModule(LightningDataModule, ABC):
         if self._training_masks is None:
             raise ConfigurationError(
                 "phase 2 needs training masks: run 'vpl fit' with the whole method, or set data.train_masks "
-                "to a folder "
-                "of <id>.png, or to 'truth' for an upper bound"
+                "to a folder of <id>.png, or to 'truth' for an upper bound"
             )
         tagged = self.localisation_dataset("train")
         images = TaggedImages(tagged.index, tagged.images, self._training_masks)
         missing = images.missing_files()
         if missing:
-            raise DataError(
-                f"{len(missing)} of {len(tagged)} training images have no mask: "
-                f"{named(list(map(str, missing)))}; "
-                "remove the folder of masks to have them made again"
-            )
+            fix = "remove the folder of masks to have them made again"
+            names = named(list(map(str, missing)))
+            raise DataError(f"{len(missing)} of {len(tagged)} training images have no mask: {names}; {fix}")
         return images
 
     def use_pseudo_masks(self, folder: str | Path) -> None:
@@ -220,7 +217,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         sampler = TrainingSampler(len(images), seed=self.seed, rank=rank, world_size=world_size)
         if not len(sampler):
             raise ConfigurationError(
-                f"{len(images)} training images for {world_size} processes; use fewer devices"
+                f"{len(images)} training images, {world_size} processes; use fewer devices"
             )
         return self._loader(
             TrainingViews(images, RandomView(self.crop_size, self.augmentation), seed=self.seed),
@@ -255,7 +252,9 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
         A task that predicts from something else, as phase 1 does, brings its own loader.
         """
-        return self._loader_of_task("prediction_loader") or self._evaluation_loader(self._prediction_dataset())
+        return self._loader_of_task("prediction_loader") or self._evaluation_loader(
+            self._prediction_dataset()
+        )
 
     def _loader_of_task(self, name: str) -> Any:
         task = None if self.trainer is None else self.trainer.lightning_module
@@ -299,12 +298,6 @@ class SegmentationDataModule(LightningDataModule, ABC):
             index = tagged_only(index, self.on_bad_image, what=f"split '{split}'")
         masks = self.mask_source(split) if content == "truth" else None
         images = TaggedImages(index, self.image_source(split), masks)
-        missing = images.missing_files() if self.on_bad_image == "raise" else []
-        if missing:
-            raise DataError(
-                f"split '{split}': {len(missing)} files are missing: {named(list(map(str, missing)))}; "
-                "restore them, take the images off the list, or set on_bad_image to skip"
-            )
         return usable(images, self.on_bad_image, what=f"split '{split}'", threads=self.num_workers)
 
     def _shares(self, images: TaggedImages) -> UnpaddedDistributedSampler:

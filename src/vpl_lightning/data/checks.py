@@ -15,8 +15,9 @@ from vpl_lightning.errors import DataError
 OnBadImage = Literal["raise", "skip", "list"]
 """What to do about images that cannot be used.
 
-``raise``: stop at the first one, when it is read. ``list``: look at all before starting, and stop with the
-names of all bad ones. ``skip``: look at all before starting, print the bad ones and go on without them.
+``raise``: stop if a file is not there, and at the first that is damaged, when it is read. ``list``: open
+all before starting, and stop with the names of all bad ones. ``skip``: open all before starting, print the
+bad ones and go on without them.
 """
 ROWS_AT_A_TIME = 1024
 """Images handed to the threads at once, so that memory does not grow with their number."""
@@ -43,9 +44,16 @@ def usable(images: TaggedImages, policy: OnBadImage, *, what: str, threads: int 
         threads: Files opened at a time; decoding releases the interpreter lock.
 
     Raises:
-        DataError: With policy ``list``, naming every bad image; with ``skip``, if nothing is left.
+        DataError: With policy ``raise``, naming the files that are not there; with ``list``, naming every
+            bad image; with ``skip``, if nothing is left.
     """
     if policy == "raise":
+        missing = images.missing_files()
+        if missing:
+            raise DataError(
+                f"{what}: {len(missing)} files are missing: {named(list(map(str, missing)))}; restore them, "
+                "take the images off the list, or set on_bad_image to skip"
+            )
         return images
     bad = find_bad(images, threads=threads)
     if not bad:

@@ -88,8 +88,8 @@ class COCODataModule(SegmentationDataModule):
         if not (folder / f"{split}.ids.npy").is_file():
             known = sorted(path.name.removesuffix(".ids.npy") for path in folder.glob("*.ids.npy"))
             raise ConfigurationError(
-                f"split '{split}' is not prepared: {folder} has {', '.join(known) or 'nothing'}; run "
-                f"'vpl prepare coco {self.root}', or set data.prepared to its output"
+                f"split '{split}' is not prepared: {folder} has {', '.join(known) or 'nothing'}; run 'vpl "
+                f"prepare coco {self.root}', or set data.prepared to its output"
             )
         return TaggedIndex.load(folder / split)
 

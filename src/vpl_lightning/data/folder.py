@@ -137,8 +137,7 @@ class TaggedFolderDataModule(SegmentationDataModule):
         if missing:
             raise DataError(
                 f"{self.tags} names {len(missing)} files that are not in {self.root}: {named(missing)}; "
-                "restore them or "
-                "remove their rows"
+                "restore them or remove their rows"
             )
         self._judge_unknown(unknown, resolver)
         return matched

@@ -97,8 +97,7 @@ class TaggedIndex:
             if row.id in seen:
                 raise DataError(
                     f"image id '{row.id}' comes twice, as {seen[row.id]} and {row.file}; rename or remove "
-                    "one, "
-                    "since masks are named by id"
+                    "one, since masks are named by id"
                 )
             seen[row.id] = row.file
         offsets = np.zeros(len(rows) + 1, np.int64)

@@ -108,8 +108,7 @@ class ShapesDataModule(SegmentationDataModule):
         if self.classes.foreground != CLASSES:
             raise ConfigurationError(
                 f"data.classes: the scenes show {', '.join(CLASSES)}, the class set '{self.classes.name}' "
-                "has "
-                f"{', '.join(self.classes.foreground)}; keep the names and change texts through prompts"
+                f"has {', '.join(self.classes.foreground)}; keep the names and change texts through prompts"
             )
         self.size = size
         self.choose_training_masks(train_masks)

@@ -139,8 +139,7 @@ def read_label_file(path: Path, classes: ClassSet) -> dict[str, list[int]]:
         return labels
     raise ConfigurationError(
         f"labels='{path}': unknown format; give .txt, .npz, .csv or .json. A pickled .npy is not read, since "
-        "reading "
-        "it can run code: save its ids and matrix with numpy.savez(ids=..., labels=...)"
+        "reading it can run code: save its ids and matrix with numpy.savez(ids=..., labels=...)"
     )
 
 
@@ -155,8 +154,7 @@ def _csv_rows(text: str, path: Path) -> list[TagRow]:
         if record.get(None):
             raise DataError(
                 f"{path}, line {reader.line_num}: {len(record[None])} cells too many; put several tags into "
-                "one cell, "
-                "separated by ';'"
+                "one cell, separated by ';'"
             )
         rows.append(_row(record, file_key, tag_key, f"{path}, line {reader.line_num}"))
     return rows
@@ -228,8 +226,7 @@ def _one_hot(path: Path, classes: ClassSet) -> dict[str, list[int]]:
     if matrix.shape != (len(ids), len(classes.foreground)):
         raise DataError(
             f"{path}: labels has shape {matrix.shape}; {len(ids)} ids and {len(classes.foreground)} classes "
-            "of "
-            f"'{classes.name}' need {(len(ids), len(classes.foreground))}"
+            f"of '{classes.name}' need {(len(ids), len(classes.foreground))}"
         )
     return {
         str(name): [int(tag) for tag in np.flatnonzero(row)] for name, row in zip(ids, matrix, strict=True)

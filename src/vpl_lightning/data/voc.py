@@ -112,8 +112,8 @@ class VOCDataModule(SegmentationDataModule):
             return None
         if not found:
             raise DataError(
-                f"{self.root} has no masks; looked for {', '.join(map(str, self._mask_folders()))}; "
-                "run 'vpl prepare voc', or set data.masks"
+                f"{self.root} has no masks; looked for {', '.join(map(str, self._mask_folders()))}; run 'vpl "
+                "prepare voc', or set data.masks"
             )
         return MaskFolder(
             (holding or found)[0], self.num_classes, fix="run 'vpl prepare voc', or set data.masks"
@@ -159,8 +159,7 @@ class VOCDataModule(SegmentationDataModule):
         if unknown:
             raise DataError(
                 f"{path}: class '{unknown[0]}' is not in the class set '{self.classes.name}'; set "
-                "data.classes to the "
-                "classes of this data set"
+                "data.classes to the classes of this data set"
             )
         return [self.classes.foreground.index(name) for name in names]
 
