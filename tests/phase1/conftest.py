@@ -70,7 +70,7 @@ def make_objective(
             yield PixelChunk(
                 torch.cat([part.features for part in some]),
                 torch.cat([part.weights for part in some]),
-                tuple(len(part.features) for part in some),
+                torch.repeat_interleave(torch.tensor([len(part.features) for part in some])),
                 torch.stack([part.allowed for part in some]),
             )
 

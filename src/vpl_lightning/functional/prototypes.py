@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,8 +65,8 @@ class PixelChunk(NamedTuple):
 
     features: Float[Tensor, "Q D"]
     weights: Float[Tensor, " Q"]
-    sizes: tuple[int, ...]
-    """Samples of each image, in order."""
+    images: Int[Tensor, " Q"]
+    """Row of ``allowed`` that belongs to each sample, ascending."""
     allowed: Bool[Tensor, "images R"]
     """Prototypes of each image's own classes and of the background."""
 
@@ -245,17 +245,14 @@ class _Workspace:
             if shifted:
                 logits.add_(offsets)
             if restrict:
-                owners = torch.repeat_interleave(torch.tensor(chunk.sizes))
-                logits.masked_fill_(
-                    ~chunk.allowed[owners.to(chunk.allowed.device)].to(scaled.device), -torch.inf
-                )
+                logits.masked_fill_(~chunk.allowed[chunk.images].to(scaled.device), -torch.inf)
             weights = chunk.weights.to(scaled.device)
             highest = logits.amax(-1, keepdim=True)
             total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
             log_sums += (total.log() + highest)[:, 0].double() @ weights.double()
             logits.mul_(weights[:, None] / total)
             part, start = self._get("part", (scaled.shape[0], scaled.shape[1]), scaled), 0
-            for size in chunk.sizes if by_image else (count,):
+            for size in torch.bincount(chunk.images).tolist() if by_image else [count]:
                 rows = slice(start, start + size)
                 sums += torch.mm(logits[rows].T, features[rows], out=part)
                 start += size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from vpl_lightning.functional.prototypes import PixelChunk
 from vpl_lightning.functional.statistics import Statistics
 from vpl_lightning.functional.targets import Selected
-from vpl_lightning.store.samples import LabelledChunk, SampleSource, no_targets, rows_a_chunk, runs
+from vpl_lightning.store.samples import LabelledChunk, SampleSource, no_targets, owners, rows_a_chunk, runs
 
 
 class MemorySamples(SampleSource):
@@ -47,7 +48,7 @@ class MemorySamples(SampleSource):
             PixelChunk(
                 torch.cat([part.features for part in group]),
                 torch.cat([part.weights for part in group]),
-                tuple(len(part.features) for part in group),
+                owners([len(part.features) for part in group]),
                 torch.stack([part.allowed for part in group]),
             )
             for group in groups
@@ -96,9 +97,10 @@ class MemorySamples(SampleSource):
 
 
 def _join(group: list[PixelChunk], device: torch.device) -> PixelChunk:
+    starts = accumulate((len(chunk.allowed) for chunk in group[:-1]), initial=0)
     return PixelChunk(
         torch.cat([chunk.features for chunk in group]).to(device),
         torch.cat([chunk.weights for chunk in group]).to(device),
-        tuple(size for chunk in group for size in chunk.sizes),
+        torch.cat([chunk.images + start for chunk, start in zip(group, starts, strict=True)]).to(device),
         torch.cat([chunk.allowed for chunk in group]).to(device),
     )

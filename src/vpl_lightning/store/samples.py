@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vpl_lightning.errors import ConfigurationError
@@ -120,13 +120,13 @@ def balanced_statistics(
     total = Statistics.zeros(*source.statistics.products.shape)
     for chunk in source.labelled_chunks():
         targets = _balance(chunk.targets.double().cpu(), scales).float()
-        start = 0
-        for size, allowed in zip(chunk.samples.sizes, chunk.samples.allowed, strict=True):
-            rows = slice(start, start + size)
-            start += size
-            features, weights = chunk.samples.features[rows].cpu(), chunk.samples.weights[rows].cpu()
-            nothing = torch.zeros(size, dtype=torch.int64)
-            total = total + Statistics.of(Selected(features, targets[rows], weights, allowed, nothing))
+        features, weights = chunk.samples.features.cpu(), chunk.samples.weights.cpu()
+        for image, allowed in enumerate(chunk.samples.allowed.cpu()):
+            rows = chunk.samples.images.cpu() == image
+            nothing = torch.zeros(int(rows.sum()), dtype=torch.int64)
+            total = total + Statistics.of(
+                Selected(features[rows], targets[rows], weights[rows], allowed, nothing)
+            )
     return total
 
 
@@ -155,6 +155,11 @@ def runs(sizes: Sequence[int], limit: int) -> Iterator[tuple[slice, slice]]:
         row += size
     if first < len(sizes):
         yield slice(first, len(sizes)), slice(first_row, row)
+
+
+def owners(sizes: Sequence[int]) -> Int[Tensor, " Q"]:
+    """Return which image each sample belongs to."""
+    return torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
 
 
 def no_targets() -> ConfigurationError:

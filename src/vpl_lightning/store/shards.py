@@ -19,7 +19,7 @@ from vpl_lightning.errors import ConfigurationError, DataError
 from vpl_lightning.functional.prototypes import PixelChunk
 from vpl_lightning.functional.statistics import Statistics
 from vpl_lightning.functional.targets import Selected
-from vpl_lightning.store.samples import LabelledChunk, SampleSource, no_targets, rows_a_chunk, runs
+from vpl_lightning.store.samples import LabelledChunk, SampleSource, no_targets, owners, rows_a_chunk, runs
 
 FORMAT = "vpl_lightning.samples/1"
 """Identifies the layout of a shard."""
@@ -223,7 +223,7 @@ def _cut(tensors: dict[str, Tensor], width: int) -> Iterator[PixelChunk]:
         yield PixelChunk(
             tensors["features"][rows],
             tensors["weights"][rows],
-            tuple(sizes[images]),
+            owners(sizes[images]),
             tensors["allowed"][images],
         )
 
