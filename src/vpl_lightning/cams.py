@@ -72,7 +72,7 @@ class CAMGenerator(nn.Module, ABC):
     def prototypes(self, value: Float[Tensor, "C D"]) -> None:
         if value.shape != self._prototypes.shape:
             raise ConfigurationError(
-                f"prototypes must have shape {tuple(self._prototypes.shape)} (foreground rows, then background "
+                f"prototypes must have shape {tuple(self._prototypes.shape)} (foreground, then background "
                 f"rows, times the joint width), got {tuple(value.shape)}"
             )
         value = value.detach().to(self._prototypes)
@@ -102,7 +102,7 @@ class CAMGenerator(nn.Module, ABC):
             images of the batch. ``vpl_lightning.testing`` checks a generator against this.
         """
 
-    def observe(  # noqa: B027 - optional
+    def observe(
         self,
         keys: Sequence[str],
         images: Sequence[ImageArray],
@@ -122,7 +122,7 @@ class CAMGenerator(nn.Module, ABC):
         """Return all that was noted, as tensors that safetensors can hold; empty unless overridden."""
         return {}
 
-    def fit(self, states: Sequence[Mapping[str, Tensor]]) -> None:  # noqa: B027 - optional
+    def fit(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Take over what processes noted (the :meth:`bank_state` of each) and get ready for use.
 
         Afterwards :meth:`bank_state` returns all of it, so that fitting with that alone does the same.

@@ -116,17 +116,24 @@ class Registry:
 
 
 def check_options(name: str, cls: type[CAMGenerator], options: dict[str, object]) -> None:
-    """Refuse options that a generator's constructor does not take.
+    """Refuse options that a generator's constructor does not take, and the lack of those that it needs.
 
     Raises:
         ConfigurationError: Naming the options and those that exist.
     """
-    known = [key for key in inspect.signature(cls).parameters if key not in ("encoder", "classes")]
-    unknown = sorted(set(options) - set(known))
+    parameters = [
+        p for key, p in inspect.signature(cls).parameters.items() if key not in ("encoder", "classes")
+    ]
+    named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    unknown = [] if takes_any else sorted(set(options) - set(named))
     if unknown:
         raise ConfigurationError(
-            f"baseline '{name}' has no option {', '.join(unknown)}; it takes: {', '.join(known) or 'none'}"
+            f"baseline '{name}' has no option {', '.join(unknown)}; it takes: {', '.join(named) or 'none'}"
         )
+    missing = [key for key, p in named.items() if p.default is p.empty and key not in options]
+    if missing:
+        raise ConfigurationError(f"baseline '{name}' needs the option {', '.join(missing)}")
 
 
 baselines = Registry(GROUP)
