@@ -35,15 +35,19 @@ class Affinity(NamedTuple):
 def balance(attention: Float[Tensor, "P P"], *, rounds: int = SINKHORN_ROUNDS) -> Affinity:
     """Sinkhorn rounds on the attention among patches; a round divides by column sums, then by row sums.
 
+    A patch that no patch looks at, or that looks at the class token alone, would divide by zero; it neither
+    sends nor receives along its empty line.
+
     Args:
         attention: Mean of the attention maps of the last blocks, class token removed; rows are queries.
         rounds: As the released code does them, too few to converge.
     """
     rows = attention.new_ones(len(attention), 1)
     columns = attention.new_ones(len(attention), 1)
+    smallest = torch.finfo(attention.dtype).tiny
     for _ in range(rounds):
-        columns = 1 / (attention.mT @ rows)
-        rows = 1 / (attention @ columns)
+        columns = 1 / (attention.mT @ rows).clamp_min(smallest)
+        rows = 1 / (attention @ columns).clamp_min(smallest)
     return Affinity(attention, rows, columns)
 
 
