@@ -3,8 +3,9 @@
     python benchmarks/prototypes.py scenes --encoders tiny0.safetensors tiny1.safetensors ... --out tables
     python benchmarks/prototypes.py photos --root VOC2012 --encoders photo0.safetensors ... --out tables
 
-Phase 1 reads the tags of the training images alone. The scored images chose no setting, and no threshold is
-tuned on the truth: the background score is CLIP-ES's ``1 - max``. The rows share encoder and generator:
+Phase 1 reads the tags of the training images alone, and at most ``--pixels`` patches of each. The scored
+images chose no setting, and no threshold is tuned on the truth: the background score is CLIP-ES's
+``1 - max``. The rows share encoder and generator:
 
 =============== ==========================================================================================
 text            text prototypes at the CLIP's own scale
@@ -22,8 +23,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -127,12 +128,22 @@ def summary(tables: Sequence[Table]) -> str:
     return "\n".join(lines)
 
 
+def capped(preset: str, pixels: int) -> PrototypeRecipe:
+    """Return a preset that takes at most so many patches of an image."""
+    recipe = PrototypeRecipe.preset(preset)  # type: ignore[arg-type]
+    return replace(recipe, targets=replace(recipe.targets, max_pixels_per_image=pixels))
+
+
 def run(
-    specs: Sequence[EncoderSpec], data: SegmentationDataModule, splits: Sequence[str], *, masks: bool
+    specs: Sequence[EncoderSpec],
+    recipes: Mapping[str, PrototypeRecipe],
+    data: SegmentationDataModule,
+    splits: Sequence[str],
+    *,
+    masks: bool,
 ) -> dict[str, list[Table]]:
     """Learn and score with every encoder; one table an encoder for each split."""
     tables: dict[str, list[Table]] = {split: [] for split in splits}
-    recipes = {name: PrototypeRecipe.preset(preset) for name, preset in RECIPES.items()}  # type: ignore[arg-type]
     for number, spec in enumerate(specs):
         begun = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
@@ -162,6 +173,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command(arguments: Sequence[str]) -> str:
+    """Return the command line, paths cut to their last part."""
+    script, *rest = arguments
+    named = [Path(one).name if "/" in one else one for one in rest]
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *named])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", choices=["scenes", "photos"])
@@ -171,6 +189,7 @@ def main() -> None:
     parser.add_argument(
         "--score", nargs="+", help="lists or splits to score; default: val, or test of scenes"
     )
+    parser.add_argument("--pixels", type=int, default=120, help="patches an image that phase 1 learns from")
     parser.add_argument(
         "--no-masks", action="store_true", help="leave out the pseudo-masks, the slowest part"
     )
@@ -186,16 +205,17 @@ def main() -> None:
         data = ShapesDataModule()
     splits = args.score or ["val" if args.data == "photos" else "test"]
     begun = time.monotonic()
-    tables = run(specs, data, splits, masks=not args.no_masks)
+    recipes = {name: capped(preset, args.pixels) for name, preset in RECIPES.items()}
+    tables = run(specs, recipes, data, splits, masks=not args.no_masks)
     counts = {split: len(data.evaluation_dataset(split)) for split in splits}
     record = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(sys.argv),
         "machine": machine(),
         "seconds": round(time.monotonic() - begun),
         "training_images": len(data.localisation_dataset("train")),
         "scored_images": counts,
-        "recipes": {name: asdict(PrototypeRecipe.preset(preset)) for name, preset in RECIPES.items()},  # type: ignore[arg-type]
-        "encoders": args.encoders,
+        "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
+        "encoders": [Path(path).name for path in args.encoders],
         "scores": tables,
     }
     args.out.mkdir(parents=True, exist_ok=True)
