@@ -18,9 +18,11 @@ from tests.models import tiny_clip
 from tests.phase2.standin import CLASSES, FAST, PLAIN, SMALL, SquaresDataModule, StandIn, module, trainer
 from vpl_lightning.artifacts import Manifest, read_mask, write_mask
 from vpl_lightning.clip import CLIPEncoder
-from vpl_lightning.errors import ConfigurationError
+from vpl_lightning.errors import ConfigurationError, DataError
 from vpl_lightning.functional.confusion import confusion_matrix
+from vpl_lightning.functional.contrast import region_class, region_masks, tcl_sampled
 from vpl_lightning.tasks import DecoderModule, InferenceSpec, LossSpec, OptimizerSpec, PredictionSpec
+from vpl_lightning.tasks.losses import SegmentationLoss
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -263,6 +265,60 @@ def test_views_without_foreground(mode: str, label: int, balanced: bool):
     for name, parameter in task.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all()
+
+
+def test_cross_entropy_alone(tmp_path: Path):
+    task = module(decoder=replace(SMALL, head="linear"), losses=LossSpec(lambda_rsc=0.0, balanced_ce=True))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(task, datamodule=SquaresDataModule())
+    assert "train/rsc" not in run.callback_metrics
+    assert run.callback_metrics["train/loss"] == run.callback_metrics["train/ce"]
+    assert not list(task.loss.parameters())
+    assert task.decoder.embed is None
+
+
+@pytest.mark.parametrize("mode", ["region_class", "tcl_sampled"])
+def test_the_terms_are_weighed_and_added(mode: str):
+    spec = LossSpec(lambda_ce=0.5, lambda_rsc=3.0, rsc_mode=mode, rsc_mask="softmax", rsc_temperature=0.2)
+    task = module(losses=spec)
+    task.attach(CLASSES)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    output = task.decoder(task.encoder.hidden(images))
+    mask = torch.tensor([0, 2, 3])[:, None, None].expand(3, 32, 32).contiguous()
+    mask[0, :5] = 1
+    tags = F.one_hot(torch.arange(3)).bool()
+    found = task.loss(output, mask, tags, task.decoder.prototypes)
+    torch.testing.assert_close(found.total, 0.5 * found.ce + 3 * found.rsc)
+    masks = region_masks(output.embedding, task.decoder.prototypes, kind="softmax", scale=10.0)
+    extra = (tags, tags) if mode == "tcl_sampled" else (tags,)
+    contrast = tcl_sampled if mode == "tcl_sampled" else region_class
+    expected = contrast(output.embedding, task.decoder.prototypes, masks, *extra, temperature=0.2)
+    torch.testing.assert_close(found.rsc, expected)
+
+
+def test_the_contrast_needs_an_embedding():
+    task = module(decoder=replace(SMALL, head="linear"), losses=LossSpec(lambda_rsc=0.0))
+    task.attach(CLASSES)
+    output = task.decoder(task.encoder.hidden(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
+    loss, mask = SegmentationLoss(LossSpec()), torch.ones(1, 32, 32, dtype=torch.int64)
+    with pytest.raises(ConfigurationError, match="embed=True"):
+        loss(output, mask, torch.ones(1, 3, dtype=torch.bool), task.decoder.prototypes)
+
+
+def test_only_our_data_modules_will_do(tmp_path: Path):
+    task = StandIn()
+    task.trainer = trainer(tmp_path)
+    with pytest.raises(ConfigurationError, match="StandIn needs a SegmentationDataModule"):
+        task.require_datamodule()
+
+
+def test_images_without_truth_are_not_scored_in_silence():
+    task = module()
+    task.attach(CLASSES)
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    batch = {"id": ["x"], "image": [image], "mask": [None], "labels": torch.ones(1, 3, dtype=torch.bool)}
+    with pytest.raises(DataError, match="image 'x' has no mask"):
+        task.test_step(batch, 0)
 
 
 def test_half_precision_around_the_frozen_encoder(tmp_path: Path):

@@ -58,7 +58,7 @@ class LatestCheckpoint(Checkpoint):
 
     def _write(self, trainer: Trainer) -> None:
         self._written = trainer.global_step
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, False)  # the whole state, not the weights alone
 
 
 def read_record(path: Path) -> Record | None:
