@@ -33,9 +33,7 @@ class _Seeded(NamedTuple):
 
 
 class ClipCPAL(GradCAM):
-    """Moves CLIP-ES's maps towards patches that look like the class's prototypes in other images.
-
-    Unfitted, an image's own prototype is its only context.
+    """Moves CLIP-ES's maps to patches like a class's prototypes in other images; unfitted, in this one.
 
     Args:
         encoder: The frozen CLIP.
@@ -97,7 +95,7 @@ class ClipCPAL(GradCAM):
         maps = []
         for image, present, seeded in zip(images, labels, self._seed(encoded, labels), strict=True):
             aware = torch.stack([self._aware(seeded, *pair) for pair in enumerate(present.tolist())])
-            cams = context.fuse(seeded.cams, minmax(aware.unflatten(1, encoded.grid)), fusion=self.fusion)
+            cams = context.fuse(seeded.cams, minmax(aware.reshape(-1, *encoded.grid)), fusion=self.fusion)
             refined = refine_cams(cams, seeded.affinity, threshold=self.box_threshold)
             maps.append(ClassCAMs(present, cams, refined, (image.shape[0], image.shape[1])))
         return maps
@@ -143,10 +141,9 @@ class ClipCPAL(GradCAM):
     def _aware(self, seeded: _Seeded, row: int, label: int) -> Float[Tensor, " P"]:
         anchor = seeded.anchors[row]
         if not anchor.any():
-            return seeded.features.new_zeros(len(seeded.features))
+            return torch.zeros_like(seeded.features[:, 0])
         contexts = self._contexts.get(label, anchor[None]).to(anchor)
-        weights = context.positiveness(
-            anchor, contexts, temperature=self.temperature, neighbours=self.neighbours
-        )
+        tau, top = self.temperature, self.neighbours
+        weights = context.positiveness(anchor, contexts, temperature=tau, neighbours=top)
         shift = context.feature_shift(self.shift, anchor, seeded.means[row], self._centres.get(label))
         return context.prototype_aware_cam(seeded.features, contexts, weights, shift=shift)

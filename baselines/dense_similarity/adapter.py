@@ -48,6 +48,6 @@ class DenseSimilarity(CAMGenerator):
         maps = []
         for image, own, words, present in zip(images, cosines, background, labels, strict=True):
             scores = (self.scale * torch.cat([own[:, present], words], dim=-1)).softmax(-1)
-            cams = minmax(scores[:, : len(present)].T.unflatten(1, encoded.grid))
+            cams = minmax(scores[:, : len(present)].T.reshape(-1, *encoded.grid))
             maps.append(ClassCAMs(present, cams, cams, (image.shape[0], image.shape[1])))
         return maps

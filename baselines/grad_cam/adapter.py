@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vpl_lightning.cams import BaselineInfo, CAMGenerator
 from vpl_lightning.clip import ClassSet, CLIPEncoder
+from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional.gradcam import Score, cams_from_weights, gradcam_weights
 from vpl_lightning.functional.vit import BlockTrace
 from vpl_lightning.structures import ClassCAMs, EncodedImages, ImageArray
@@ -34,6 +36,8 @@ class GradCAM(CAMGenerator):
         self, encoder: CLIPEncoder, classes: ClassSet | str, *, score: Score = "log_probability"
     ) -> None:
         super().__init__(encoder, classes)
+        if score not in get_args(Score):
+            raise ConfigurationError(f"score={score!r} must be one of {', '.join(get_args(Score))}")
         self.score: Score = score
 
     @torch.no_grad()

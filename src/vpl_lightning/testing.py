@@ -125,7 +125,7 @@ def check_range(generator: CAMGenerator, images: Images, labels: Labels) -> None
     """All maps lie in [0, 1]."""
     for maps in generator.generate_batch(images, labels):
         for what, values in _maps(maps):
-            low, high = float(values.min()), float(values.max())
+            low, high = (float(value) for value in values.detach().aminmax())
             inside = low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE
             _require(
                 inside or not np.isfinite([low, high]).all(), f"{what} runs from {low:.4g} to {high:.4g}"
@@ -253,7 +253,9 @@ def _distance(first: Sequence[ClassCAMs], second: Sequence[ClassCAMs]) -> float:
             if left.shape != right.shape:
                 return float("inf")
             if left.numel():
-                largest = max(largest, float((left.nan_to_num() - right.nan_to_num()).abs().max()))
+                largest = max(
+                    largest, float((left.detach().nan_to_num() - right.detach().nan_to_num()).abs().max())
+                )
     return largest
 
 
@@ -271,9 +273,8 @@ def _flags(generator: CAMGenerator) -> dict[str, bool]:
 
 def _digests(generator: CAMGenerator) -> dict[str, str]:
     tensors = [*generator.named_parameters(), *generator.named_buffers()]
-    return {
-        name: hashlib.blake2b(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        ).hexdigest()
-        for name, value in tensors
-    }
+    return {name: hashlib.blake2b(_bytes(value)).hexdigest() for name, value in tensors}
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
