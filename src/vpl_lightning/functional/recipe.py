@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from vpl_lightning.functional.solvers import (
     ProjectedGradient,
     Projection,
     PrototypeSolver,
+    check_descent,
 )
 from vpl_lightning.functional.targets import TargetConfig
 
@@ -60,7 +60,15 @@ class SolverConfig:
             raise ConfigurationError(
                 "solver.name='lbfgs' works on the sphere: drop solver.projection or take pgd"
             )
-        self.build([torch.zeros(1, 1, requires_grad=True)])
+        if self.memory < 1:
+            raise ConfigurationError(f"solver.memory={self.memory} must be at least 1")
+        check_descent(
+            lr=self.lr,
+            halving=self.halving,
+            lr_floor=self.lr_floor,
+            projection=self.projection,
+            radius=self.radius,
+        )
 
     def build(self, params: Iterable[Tensor]) -> PrototypeSolver:
         """Return the optimiser of one parameter."""

@@ -21,6 +21,27 @@ ROUNDING = 1e-7
 """Change of an objective, relative to itself or to one nat, that float32 products cannot tell from none."""
 
 
+def check_descent(
+    *, lr: float, halving: Halving, lr_floor: float, projection: Projection, radius: float
+) -> None:
+    """Refuse settings of :class:`ProjectedGradient` that make no sense.
+
+    Raises:
+        ConfigurationError: Naming the setting.
+    """
+    for key, value in (("lr", lr), ("radius", radius)):
+        if not value > 0:
+            raise ConfigurationError(f"solver.{key}={value} must be positive")
+    if lr_floor < 0:
+        raise ConfigurationError(f"solver.lr_floor={lr_floor} must not be negative")
+    if halving not in get_args(Halving):
+        raise ConfigurationError(f"solver.halving={halving!r}: choose one of {', '.join(get_args(Halving))}")
+    if projection not in get_args(Projection):
+        raise ConfigurationError(
+            f"solver.projection={projection!r}: choose one of {', '.join(get_args(Projection))}"
+        )
+
+
 class PrototypeSolver(Optimizer):
     """Base of the solvers: one parameter, the ``(R, D)`` prototypes, and exact resuming.
 
@@ -122,15 +143,7 @@ class ProjectedGradient(PrototypeSolver):
         projection: Projection = "sphere",
         radius: float = 1.0,
     ) -> None:
-        if not lr > 0 or lr_floor < 0 or not radius > 0:
-            raise ConfigurationError(
-                f"lr={lr} and radius={radius} must be positive, lr_floor={lr_floor} not negative"
-            )
-        if halving not in get_args(Halving) or projection not in get_args(Projection):
-            raise ConfigurationError(
-                f"halving={halving!r}: choose one of {', '.join(get_args(Halving))}; "
-                f"projection={projection!r}: choose one of {', '.join(get_args(Projection))}"
-            )
+        check_descent(lr=lr, halving=halving, lr_floor=lr_floor, projection=projection, radius=radius)
         defaults = {
             "lr": lr,
             "halving": halving,
