@@ -13,7 +13,7 @@ from vpl_lightning.cams import CAMGenerator
 from vpl_lightning.functional.recipe import PrototypeRecipe
 from vpl_lightning.functional.targets import Selected, select_pixels
 from vpl_lightning.progress import progress
-from vpl_lightning.block_store import BlockStore
+from vpl_lightning.store import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ class PatchSelector:
                 )
         return [selected[index] for index in range(len(images))]
 
-    def collect(self, plan: BlockPlan, store: BlockStore, *, num_workers: int = 0) -> None:
+    def collect(self, plan: BlockPlan, store: FeatureStore, *, num_workers: int = 0) -> None:
         """Write the blocks of this rank that the store does not hold yet."""
-        blocks = plan.pending(store.done())
+        blocks = plan.pending(store.finished())
         loaded = plan.load(blocks, patch_size=self.generator.encoder.patch_size, num_workers=num_workers)
         for block in progress(loaded, total=len(blocks), what="text maps and features", shown=plan.rank == 0):
             store.write(block.index, [sample["id"] for sample in block.samples], self.select(block))

@@ -64,8 +64,10 @@ def report(
             model, datamodule=datamodule, verbose=False
         )
     if scorer.is_global_zero:
-        say(f"scores on the validation split, in {root / 'report.json'}; pictures in {root / 'overview.png'}\n\n"
-            + write_report(model, datamodule, root))
+        say(
+            f"scores on the validation split, in {root / 'report.json'}; pictures in {root / 'overview.png'}\n\n"
+            + write_report(model, datamodule, root)
+        )
 
 
 def prepare_masks(
@@ -95,9 +97,7 @@ def prepare_masks(
         maker.predict(localiser, datamodule=datamodule, return_predictions=False)
 
 
-def stage_trainer(
-    new_trainer: NewTrainer, root: Path, name: str, *, limit_val_batches: float = 0
-) -> Trainer:
+def stage_trainer(new_trainer: NewTrainer, root: Path, name: str, *, limit_val_batches: float = 0) -> Trainer:
     """Make the trainer of another stage than the last: float32, its own log, no validation unless asked."""
     return new_trainer(
         default_root_dir=str(root),

@@ -8,14 +8,29 @@ from typing import Any
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 import vpl_lightning.data  # noqa: F401  (short class names in YAML resolve to what is imported)
+from vpl_lightning.cli.complaints import FRAME, BriefParser, distil
 from vpl_lightning.data import SegmentationDataModule
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.method import fit_method
 from vpl_lightning.tasks import SegmentationTask
+from vpl_lightning.tasks.checkpoints import chosen_checkpoint
 
 
 class VPLCLI(LightningCLI):
     """Runs the whole method on ``fit``; the other subcommands are Lightning's own."""
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer.
+
+        Raises:
+            ConfigurationError: If a setting is refused, without the types that were tried on the way.
+        """
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigurationError) or not str(error).startswith(FRAME):
+                raise
+            raise ConfigurationError(distil(str(error))) from error
 
     def fit(self, model: SegmentationTask, datamodule: SegmentationDataModule, **options: Any) -> None:
         """Run every stage that the model asks for, reusing what an earlier run left whole and valid."""
@@ -34,11 +49,10 @@ class VPLCLI(LightningCLI):
         self._require_checkpoint("predict")
 
     def _require_checkpoint(self, command: str) -> None:
-        options = self.config[command]
-        if options.get("ckpt_path") is None:
-            options["ckpt_path"] = self.config_init[command]["ckpt_path"] = str(
-                self.model.latest_checkpoint(self.trainer)
-            )
+        wanted = self.config_init[command].get("ckpt_path") or "last"
+        self.config_init[command]["ckpt_path"] = str(
+            chosen_checkpoint(self.trainer, self.model.stage, wanted)
+        )
 
 
 def run_trainer(args: ArgsType) -> None:
@@ -53,7 +67,7 @@ def run_trainer(args: ArgsType) -> None:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"use_distributed_sampler": False, "inference_mode": False},
-        parser_kwargs={"prog": "vpl"},
+        parser_class=BriefParser,
         args=args,
     )
 

@@ -81,6 +81,7 @@ def _usage() -> str:
             "commands:",
             *rows,
             "",
-            "'vpl COMMAND --help' lists the options of a command; 'vpl fit --config configs/shapes.yaml' needs no download.",
+            "'vpl COMMAND --help' lists the options of a command.",
+            "'vpl fit --config configs/shapes.yaml' needs no download.",
         ]
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from vpl_lightning.functional.gap import region_sums
+from vpl_lightning.functional.gap import gap_centroid, gap_cos, region_sums
 from vpl_lightning.functional.labels import label_map, with_background
 from vpl_lightning.masks import MaskConfig, make_mask
 from vpl_lightning.metrics import SegmentationConfusion
@@ -95,3 +95,37 @@ class LocalisationScores(nn.Module):
         """Start anew."""
         for one in self.confusions.values():
             cast(SegmentationConfusion, one).reset()
+
+
+class PrototypeComparison(nn.Module):
+    """Text against vision prototypes on images with truth: scores of their maps, and gaps to the true regions.
+
+    Args:
+        num_labels: N.
+        width: D.
+        masks: How pseudo-masks are made, or None to leave them out.
+    """
+
+    def __init__(self, num_labels: int, width: int, *, masks: MaskConfig | None) -> None:
+        super().__init__()
+        self.text = LocalisationScores(num_labels + 1, masks=masks)
+        self.vision = LocalisationScores(num_labels + 1, masks=masks)
+        self.regions = RegionSums(num_labels, width)
+
+    def table(self, text: Float[Tensor, "C D"], vision: Float[Tensor, "C D"]) -> dict[str, dict[str, float]]:
+        """Return mIoU of each kind of map and the gap in both readings, and start anew.
+
+        Every rank must call this, whether it had images or not.
+        """
+        sums, counts = self.regions.compute()
+        table: dict[str, dict[str, float]] = {}
+        for kind, scores, prototypes in (("text", self.text, text), ("vision", self.vision, vision)):
+            foreground = prototypes[: len(counts)]
+            table[kind] = {
+                **scores.compute(),
+                "gap": gap_centroid(foreground, sums, counts),
+                "gap_cos": gap_cos(foreground, sums, counts),
+            }
+            scores.reset()
+        self.regions.reset()
+        return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,12 +11,11 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
 from vpl_lightning.artifacts import Manifest, fingerprint, read_prototypes, write_prototypes
-from vpl_lightning.block_store import BlockStore, StoredPixels
 from vpl_lightning.blocks import Block, BlockLoader, BlockPlan
 from vpl_lightning.cams import CAMGenerator
 from vpl_lightning.clip import ClassSet, class_set
@@ -25,7 +24,7 @@ from vpl_lightning.data import EvaluationBatch, SegmentationDataModule, TaggedIm
 from vpl_lightning.data.checks import ranks
 from vpl_lightning.errors import ConfigurationError, DataError
 from vpl_lightning.functional.columns import Columns
-from vpl_lightning.functional.gap import gap_centroid, gap_cos
+from vpl_lightning.functional.gap import gap_centroid
 from vpl_lightning.functional.prototypes import PrototypeObjective
 from vpl_lightning.functional.recipe import PrototypeRecipe
 from vpl_lightning.functional.solvers import PrototypeSolver
@@ -33,13 +32,18 @@ from vpl_lightning.functional.targets import inverse_class_frequency
 from vpl_lightning.mask_stream import PseudoMaskStream
 from vpl_lightning.masks import MaskConfig
 from vpl_lightning.specs import EncoderSpec, GeneratorSpec
+from vpl_lightning.store import FeatureStore, MemorySamples, SampleSource, objective_from
+from vpl_lightning.structures import ImageArray
 from vpl_lightning.tasks.base import SegmentationTask
-from vpl_lightning.tasks.localisation_scores import LocalisationScores, RegionSums
+from vpl_lightning.tasks.checkpoints import LatestCheckpoint
+from vpl_lightning.tasks.localisation_scores import PrototypeComparison
 
 VERSION = 1
 """Version of the code of this stage, part of every fingerprint: raise it when prototypes come out differently."""
 CHECKPOINT_STEPS = 50
 """Solver steps between checkpoints."""
+CACHE_BYTES = 1 << 30
+"""Samples of phase 1 stay in memory between passes while they fit into this many bytes."""
 Kind = Literal["text", "vision"]
 
 
@@ -194,7 +198,7 @@ class VisionPrototypeModule(SegmentationTask):
         """Return why the prototypes of a run folder cannot be reused, or None if they can."""
         if not self.prototype_file(root).is_file():
             return f"{self.prototype_file(root)} does not exist yet"
-        return Manifest.match_or_explain(root / "prototypes", self.settings(datamodule), complete=True)
+        return Manifest.match_or_explain(root / self.stage, self.settings(datamodule), complete=True)
 
     def stale_masks(self, root: Path, datamodule: SegmentationDataModule) -> str | None:
         """Return why the masks of a run folder cannot be reused as they are, or None if they can."""
@@ -208,13 +212,9 @@ class VisionPrototypeModule(SegmentationTask):
         self.attach(self.require_datamodule().classes)
         if stage in ("fit", "validate", "test"):
             masks = replace(self.masks, confidence=0.0) if self.score_masks else None
-            self.scores = nn.ModuleDict(
-                {
-                    kind: LocalisationScores(self.classes.num_classes, masks=masks)
-                    for kind in ("text", "vision")
-                }
+            self.comparison = PrototypeComparison(
+                len(self.classes.foreground), self.encoder.joint_width, masks=masks
             )
-            self.regions = RegionSums(len(self.classes.foreground), self.encoder.joint_width)
 
     def training_loader(self, datamodule: SegmentationDataModule) -> DataLoader[int]:
         """One item an optimiser step: each is a pass over all selected patches."""
@@ -224,23 +224,28 @@ class VisionPrototypeModule(SegmentationTask):
         """Return the solver."""
         return self.recipe.solver.build([self.rows])
 
-    def configure_callbacks(self) -> Sequence[Callback]:
+    def configure_callbacks(self) -> list[Callback]:
         """Keep the latest state beside the prototypes, so that an interrupted fit goes on."""
-        folder = Path(self.trainer.default_root_dir) / "prototypes" / "checkpoints"
-        return [
-            ModelCheckpoint(
-                folder, filename="last", every_n_train_steps=CHECKPOINT_STEPS, enable_version_counter=False
-            )
-        ]
+        path = Path(self.trainer.default_root_dir) / self.stage / "checkpoints" / "last.ckpt"
+        return [LatestCheckpoint(path, steps=CHECKPOINT_STEPS)]
 
     def on_fit_start(self) -> None:
-        """Collect what is missing of the store, and sum its statistics."""
+        """Collect what is missing of the store, and open the objective on it."""
         datamodule = self.require_datamodule()
         root = Path(self.trainer.default_root_dir)
         rank, world_size = ranks()
+        store = FeatureStore(
+            root / "features",
+            self.patch_settings(datamodule),
+            rows=self.columns.rows,
+            width=self.encoder.joint_width,
+            rank=rank,
+            world_size=world_size,
+            keep_targets=self.recipe.targets.sinkhorn_rounds > 0,
+        )
         if rank == 0:
-            Manifest(self.settings(datamodule)).write(root / "prototypes")
-        store = BlockStore(root / "features", self.patch_settings(datamodule), clean=rank == 0)
+            store.prepare()
+            Manifest(self.settings(datamodule)).write(root / self.stage)
         self.trainer.strategy.barrier("store")
         images = datamodule.localisation_dataset("train")
         plan = BlockPlan(images, size=self.block_size, rank=rank, world_size=world_size)
@@ -253,19 +258,27 @@ class VisionPrototypeModule(SegmentationTask):
         with self.using("text"):
             selector.collect(plan, store, num_workers=self.num_workers)
         self.trainer.strategy.barrier("collected")
-        pixels = StoredPixels(store, plan.pending(set()), device=self.device)
-        self.objective = PrototypeObjective(
-            pixels.chunks,
-            pixels.statistics(rows=self.columns.rows, width=self.encoder.joint_width),
+        self.objective = objective_from(
+            self._samples(store),
             self.columns,
-            self.columns.reduce(self.generator.text_prototypes),
-            self.recipe.objective,
+            self.generator.text_prototypes,
+            self.recipe,
             all_reduce=self._all_reduce if world_size > 1 else None,
             world_size=world_size,
         )
         if self.trainer.ckpt_path is None:
             with torch.no_grad():
                 self.rows.copy_(self.objective.initial(seed=self.recipe.seed))
+
+    def _samples(self, store: FeatureStore) -> SampleSource:
+        """Keep small stores in memory between passes; read large ones from disk."""
+        width = self.encoder.joint_width
+        bytes_needed = (2 * width + 4) * float(store.statistics.region_counts.sum())
+        return (
+            MemorySamples.copy(store, width=width, device=self.device)
+            if bytes_needed < CACHE_BYTES
+            else store
+        )
 
     def _class_weights(self, images: TaggedImages) -> Tensor | None:
         if self.recipe.targets.balance != "class":
@@ -304,7 +317,7 @@ class VisionPrototypeModule(SegmentationTask):
                 "fingerprint": fingerprint(self.settings(datamodule)),
             }
             write_prototypes(self.prototype_file(root), self.prototypes, metadata=metadata)
-            Manifest(self.settings(datamodule), complete=True).write(root / "prototypes")
+            Manifest(self.settings(datamodule), complete=True).write(root / self.stage)
         self.trainer.strategy.barrier("prototypes")
 
     # Scores of maps.
@@ -314,18 +327,19 @@ class VisionPrototypeModule(SegmentationTask):
         for image, mask, labels in zip(batch["image"], batch["mask"], batch["labels"], strict=True):
             ids = labels.nonzero().flatten().tolist()
             if mask is not None and ids:
-                self._score(image.permute(1, 2, 0).cpu().numpy(), mask, ids)
+                self._compare(image.permute(1, 2, 0).cpu().numpy(), mask, ids)
 
     test_step = validation_step
 
-    def _score(self, image: Any, mask: Tensor, ids: list[int]) -> None:
+    def _compare(self, image: ImageArray, mask: Tensor, ids: list[int]) -> None:
         with self.using("text") as generator:
             ((_, encoded, (maps,)),) = generator.stream([image], [ids])
-            cast(LocalisationScores, self.scores["text"]).update(image, maps, mask)
+            self.comparison.text.update(image, maps, mask)
         with self.using("vision") as generator:
             (maps,) = generator.localise([image], encoded, [generator.check_labels(ids)])
-            cast(LocalisationScores, self.scores["vision"]).update(image, maps, mask)
-        self.regions.update(self.encoder.dense(encoded, self.recipe.features)[0], mask, encoded.grid)
+            self.comparison.vision.update(image, maps, mask)
+        features = self.encoder.dense(encoded, self.recipe.features)[0]
+        self.comparison.regions.update(features, mask, encoded.grid)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores: ``val_miou`` is that of the refined maps of vision prototypes."""
@@ -336,24 +350,10 @@ class VisionPrototypeModule(SegmentationTask):
         self._log_scores("test")
 
     def _log_scores(self, split: str) -> None:
-        self.score_table = self._score_table()
+        self.score_table = self.comparison.table(self.generator.text_prototypes, self.prototypes)
         self.log(f"{split}_miou", self.score_table["vision"]["refined"], prog_bar=True)
         for kind, row in self.score_table.items():
             self.log_dict({f"{split}_{kind}_{key}": value for key, value in row.items()})
-        self.regions.reset()
-        for scores in self.scores.values():
-            cast(LocalisationScores, scores).reset()
-
-    def _score_table(self) -> dict[str, dict[str, float]]:
-        sums, counts = self.regions.compute()
-        foreground = slice(0, len(self.classes.foreground))
-        table: dict[str, dict[str, float]] = {}
-        for kind, prototypes in (("text", self.generator.text_prototypes), ("vision", self.prototypes)):
-            row = cast(LocalisationScores, self.scores[kind]).compute()
-            row["gap"] = gap_centroid(prototypes[foreground], sums, counts)
-            row["gap_cos"] = gap_cos(prototypes[foreground], sums, counts)
-            table[kind] = row
-        return table
 
     # Pseudo-masks.
 
