@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vpl_lightning.data.scenes.primitives import Part, coat, curve, ellipse, limb, paint, polygon, shade
+from vpl_lightning.data.scenes.primitives import Part, curve, ellipse, limb, paint, polygon, shade
+from vpl_lightning.data.scenes.surfaces import typical_colour
 
 DARK = (0.06, 0.06, 0.07)
 
@@ -32,7 +33,7 @@ def _legs(
 
 def bird(rng: np.random.Generator) -> list[Part]:
     """Return a bird, flying with raised or lowered wings or standing on thin legs."""
-    body = paint(rng) if rng.random() < 0.5 else coat(rng)
+    body = typical_colour(rng, "bird")
     wing, beak = shade(body, rng.uniform(0.5, 0.8)), (0.95, 0.62, 0.10)
     parts = [polygon([(-0.50, 0.0), (-1.0, -0.16), (-0.95, 0.06), (-1.0, 0.2)], wing)]
     flying = rng.random() < 0.6
@@ -56,7 +57,7 @@ def bird(rng: np.random.Generator) -> list[Part]:
 
 def horse(rng: np.random.Generator) -> list[Part]:
     """Return a horse: long legs, long neck and face, mane and hanging tail; standing or grazing."""
-    body = coat(rng)
+    body = typical_colour(rng, "horse")
     mane = shade(body, 0.4) if rng.random() < 0.7 else (0.9, 0.86, 0.75)
     parts = _legs(rng, front=0.42, back=-0.48, top=0.10, foot=0.98, width=0.13, colour=body)
     parts += curve([(-0.66, -0.18), (-0.86, 0.05), (-0.90, 0.55)], 0.13, mane)
@@ -74,7 +75,7 @@ def horse(rng: np.random.Generator) -> list[Part]:
 
 def dog(rng: np.random.Generator) -> list[Part]:
     """Return a dog: short legs, blunt snout, hanging ears, raised tail and sometimes a collar."""
-    body = coat(rng)
+    body = typical_colour(rng, "dog")
     ear = shade(body, rng.uniform(0.4, 0.75))
     parts = _legs(rng, front=0.42, back=-0.48, top=0.15, foot=0.80, width=0.20, colour=body)
     parts += curve([(-0.62, -0.05), (-0.86, -0.35), (-0.80, -0.35 - rng.uniform(0.1, 0.45))], 0.13, body)
@@ -94,7 +95,7 @@ def dog(rng: np.random.Generator) -> list[Part]:
 
 def cat(rng: np.random.Generator) -> list[Part]:
     """Return a cat that faces us: round head, pointed ears, curled tail, often stripes; sitting or lying."""
-    fur = coat(rng)
+    fur = typical_colour(rng, "cat")
     stripe, eye = shade(fur, 0.55), ((0.45, 0.85, 0.25) if rng.random() < 0.6 else (0.95, 0.80, 0.20))
     sitting = rng.random() < 0.6
     hx, hy = (0.0, -0.50) if sitting else (0.55, -0.15)

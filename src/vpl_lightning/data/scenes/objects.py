@@ -10,8 +10,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from vpl_lightning.data.scenes.animals import bird, cat, dog, horse
-from vpl_lightning.data.scenes.backgrounds import smooth_noise
 from vpl_lightning.data.scenes.primitives import Part
+from vpl_lightning.data.scenes.surfaces import texture
 from vpl_lightning.data.scenes.things import boat, car, chair, plane, train, umbrella
 
 SUPERSAMPLING = 2
@@ -42,22 +42,6 @@ class Drawing(NamedTuple):
 
     colour: npt.NDArray[np.float32]
     coverage: npt.NDArray[np.float32]
-
-
-def _texture(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
-    """Return a factor for every pixel: light from one side plus stripes, blotches or grain."""
-    line = np.linspace(-1.0, 1.0, size, dtype=np.float32)
-    angle = rng.uniform(0.0, 2.0 * np.pi)
-    ramp = np.cos(angle) * line[:, None] + np.sin(angle) * line[None, :]
-    factor: npt.NDArray[np.float32] = (1.0 + rng.uniform(0.05, 0.3) * ramp).astype(np.float32)
-    kind = int(rng.integers(4))
-    if kind == 0:
-        factor += (rng.uniform(0.05, 0.15) * np.sin(rng.uniform(40.0, 90.0) * ramp)).astype(np.float32)
-    elif kind == 1:
-        factor += rng.uniform(0.06, 0.14) * smooth_noise(rng, size, 14, 14)
-    elif kind == 2:
-        factor += np.float32(0.07) * rng.standard_normal((size, size), dtype=np.float32)
-    return factor
 
 
 def draw_object(
@@ -91,4 +75,4 @@ def draw_object(
     alpha = np.asarray(cover.reduce(SUPERSAMPLING), dtype=np.float32) / 255.0
     premultiplied = np.asarray(colours.reduce(SUPERSAMPLING), dtype=np.float32) / 255.0
     pure = premultiplied / np.maximum(alpha, 0.25)[..., None]
-    return Drawing(np.clip(pure * _texture(rng, size)[..., None], 0.0, 1.0), alpha)
+    return Drawing(np.clip(pure * texture(rng, name, size, turn)[..., None], 0.0, 1.0), alpha)

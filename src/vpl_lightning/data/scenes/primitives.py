@@ -76,22 +76,3 @@ def paint(rng: np.random.Generator) -> RGB:
         for k in (3.0, 1.0, 5.0)
     ]
     return channel[0], channel[1], channel[2]
-
-
-COATS: tuple[RGB, ...] = (
-    (0.45, 0.28, 0.14),
-    (0.15, 0.13, 0.13),
-    (0.85, 0.80, 0.74),
-    (0.80, 0.50, 0.20),
-    (0.55, 0.52, 0.50),
-    (0.68, 0.52, 0.34),
-)
-"""Coats of animals: brown, black, cream, ginger, grey, fawn."""
-
-
-def coat(rng: np.random.Generator) -> RGB:
-    """Return a random colour of fur, one of ``COATS`` with some variation."""
-    red, green, blue = np.clip(
-        np.array(COATS[rng.integers(len(COATS))]) + rng.normal(0.0, 0.05, 3), 0.05, 1.0
-    ).tolist()
-    return red, green, blue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vpl_lightning.data.scenes.primitives import RGB, Part, box, curve, ellipse, limb, paint, polygon, shade
+from vpl_lightning.data.scenes.surfaces import typical_colour
 
 TYRE: RGB = (0.08, 0.08, 0.09)
 METAL: RGB = (0.72, 0.73, 0.76)
@@ -22,7 +23,7 @@ def _wheel(x: float, y: float, radius: float) -> list[Part]:
 
 def train(rng: np.random.Generator) -> list[Part]:
     """Return a train: an engine, with a chimney or a slanted nose, and one or two coaches full of windows."""
-    body, roof, glass = paint(rng), paint(rng), _glass(rng)
+    body, roof, glass = typical_colour(rng, "train"), paint(rng), _glass(rng)
     coaches = int(rng.integers(1, 3))
     length = 2.4 / (coaches + 1)
     parts: list[Part] = []
@@ -49,7 +50,7 @@ def train(rng: np.random.Generator) -> list[Part]:
 
 def boat(rng: np.random.Generator) -> list[Part]:
     """Return a boat: a hull with one or two sails, or with a cabin and a funnel."""
-    hull, trim = paint(rng), paint(rng)
+    hull, trim = typical_colour(rng, "boat"), paint(rng)
     sailing = rng.random() < 0.6
     parts: list[Part] = []
     if sailing:
@@ -69,7 +70,7 @@ def boat(rng: np.random.Generator) -> list[Part]:
 
 def car(rng: np.random.Generator) -> list[Part]:
     """Return a car seen from the side: two wheels, bonnet, cabin with windows; saloon, van or pick-up."""
-    body, glass = paint(rng), _glass(rng)
+    body, glass = typical_colour(rng, "car"), _glass(rng)
     make = int(rng.integers(3))
     roof_left, roof_right = ((-0.45, 0.30), (-0.92, 0.42), (-0.05, 0.42))[make]
     cabin_left = (-0.78, -0.98, -0.14)[make]
@@ -106,7 +107,7 @@ def car(rng: np.random.Generator) -> list[Part]:
 
 def plane(rng: np.random.Generator) -> list[Part]:
     """Return a plane: slender fuselage, swept wings, tail fin, a row of windows and a painted stripe."""
-    body = (0.93, 0.93, 0.95) if rng.random() < 0.5 else paint(rng)
+    body = typical_colour(rng, "plane")
     trim, sweep = paint(rng), rng.uniform(0.30, 0.60)
     parts = [
         polygon(
@@ -129,8 +130,8 @@ def plane(rng: np.random.Generator) -> list[Part]:
 
 def chair(rng: np.random.Generator) -> list[Part]:
     """Return a chair: a seat in slight perspective, four thin legs and a back of slats, bars or one panel."""
-    frame = WOOD[rng.integers(len(WOOD))] if rng.random() < 0.55 else paint(rng)
-    cushion, leg = (paint(rng) if rng.random() < 0.6 else shade(frame, 1.1)), rng.uniform(0.09, 0.15)
+    frame = typical_colour(rng, "chair")
+    cushion, leg = (paint(rng) if rng.random() < 0.3 else shade(frame, 1.1)), rng.uniform(0.09, 0.15)
     lean = rng.uniform(-0.12, 0.12)
     parts = [limb(x, 0.15, x, 0.78, leg, leg * 0.8, shade(frame, 0.6)) for x in (-0.38, 0.56)]
     parts += [limb(x, 0.20, x + lean, -1.0, leg, leg, frame) for x in (-0.45, 0.55)]
@@ -151,7 +152,7 @@ def chair(rng: np.random.Generator) -> list[Part]:
 
 def umbrella(rng: np.random.Generator) -> list[Part]:
     """Return an open umbrella: a dome of coloured panels with scalloped rim, a pole and a hooked handle."""
-    first, pole = paint(rng), WOOD[rng.integers(len(WOOD))]
+    first, pole = typical_colour(rng, "umbrella"), WOOD[rng.integers(len(WOOD))]
     second = paint(rng) if rng.random() < 0.65 else shade(first, 0.8)
     height, panels = rng.uniform(0.65, 0.95), int(rng.integers(4, 8))
     parts = [limb(0.0, -0.30, 0.0, 0.85, 0.07, 0.07, pole)]
