@@ -176,8 +176,8 @@ class SegmentationDecoder(nn.Module):
         needs_words = spec.head == "prototype" and spec.background_logit != "learnt"
         if needs_words and len(prototypes) <= num_labels:
             raise ConfigurationError(
-                f"decoder.background_logit={spec.background_logit!r} needs background words and the class set "
-                "has none; add some or set it to 'learnt'"
+                f"decoder.background_logit={spec.background_logit!r} needs background words; the class set "
+                "has none: add some or set it to 'learnt'"
             )
         self.register_buffer("prototypes", prototypes.detach().clone().float())
         self.fusion = LayerFusion(in_width, layers, width=spec.width, dropout=spec.dropout)

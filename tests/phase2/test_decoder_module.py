@@ -414,3 +414,13 @@ def test_a_run_without_end_has_no_learning_rate(tmp_path: Path):
 def test_wrong_settings_are_named(spec: type, settings: dict[str, Any], message: str):
     with pytest.raises(ConfigurationError, match=message):
         spec(**settings)
+
+
+def test_a_trial_run_writes_nothing(tmp_path: Path):
+    trainer(tmp_path, fast_dev_run=True).fit(module(), datamodule=SquaresDataModule())
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_need_an_interval():
+    with pytest.raises(ConfigurationError, match=r"model.checkpoint_steps=0"):
+        module(checkpoint_steps=0)

@@ -102,8 +102,8 @@ class SegmentationTask(LightningModule, ABC):
         self.results[stage] = confusion.compute().cpu()
         confusion.reset()
         score = mean_iou(self.results[stage])
-        # Not "stage/miou": the name of a monitored score becomes part of file names.
-        self.log(f"{stage}_miou", score, prog_bar=True, rank_zero_only=False, sync_dist=False)
+        # Not "stage/miou": the name of a monitored score becomes part of file names. Ranks agree already.
+        self.log(f"{stage}_miou", score, prog_bar=True, sync_dist=True)
         return score
 
     def settings(self, datamodule: SegmentationDataModule | None) -> dict[str, Any]:

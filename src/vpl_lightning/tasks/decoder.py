@@ -183,7 +183,7 @@ class DecoderModule(SegmentingTask):
 
     def configure_callbacks(self) -> list[Callback]:
         """Keep the latest state of the run, so that an interrupted fit goes on."""
-        if self.trainer.fast_dev_run:
+        if getattr(self.trainer, "fast_dev_run", False):
             return []
         path = Path(self.trainer.default_root_dir) / self.stage / "checkpoints" / "last.ckpt"
         return [LatestCheckpoint(path, steps=self.checkpoint_steps)]
