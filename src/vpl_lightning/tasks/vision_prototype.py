@@ -36,6 +36,7 @@ from vpl_lightning.store import FeatureStore, MemorySamples, SampleSource, objec
 from vpl_lightning.structures import ImageArray
 from vpl_lightning.tasks.base import SegmentationTask
 from vpl_lightning.tasks.checkpoints import LatestCheckpoint
+from vpl_lightning.tasks.generator_bank import BANK, fit_generator
 from vpl_lightning.tasks.localisation_scores import PrototypeComparison
 
 VERSION = 1
@@ -104,6 +105,7 @@ class VisionPrototypeModule(SegmentationTask):
         self.block_size, self.batch_size, self.num_workers = block_size, batch_size, num_workers
         self.objective: PrototypeObjective | None = None
         self._stream: PseudoMaskStream | None = None
+        self._fitted_with: dict[str, Any] | None = None
         if classes is not None:
             self.attach(class_set(classes))
 
@@ -167,7 +169,8 @@ class VisionPrototypeModule(SegmentationTask):
         """Return all that the maps made with the vision prototypes depend on."""
         rows = self.prototypes.cpu().contiguous().numpy().tobytes()
         found = {"prototypes": hashlib.sha256(rows).hexdigest(), "scale": self.recipe.scale}
-        return {**self._map_settings(datamodule), **found}
+        bank = {"bank": {"text_scale": self.text_scale}} if self.generator.needs_fit else {}
+        return {**self._map_settings(datamodule), **found, **bank}
 
     def _map_settings(self, datamodule: SegmentationDataModule) -> dict[str, Any]:
         return {
@@ -231,6 +234,7 @@ class VisionPrototypeModule(SegmentationTask):
 
     def on_fit_start(self) -> None:
         """Collect what is missing of the store, and open the objective on it."""
+        self._fit_generator()
         datamodule = self.require_datamodule()
         root = Path(self.trainer.default_root_dir)
         rank, world_size = ranks()
@@ -269,6 +273,25 @@ class VisionPrototypeModule(SegmentationTask):
         if self.trainer.ckpt_path is None:
             with torch.no_grad():
                 self.rows.copy_(self.objective.initial(seed=self.recipe.seed))
+
+    def _fit_generator(self) -> None:
+        """Let a generator that learns from the training images do so, with text prototypes; once."""
+        datamodule = self.require_datamodule()
+        settings = {**self._map_settings(datamodule), "text_scale": self.text_scale}
+        if not self.generator.needs_fit or self._fitted_with == settings:
+            return
+        rank, world_size = ranks()
+        images = datamodule.localisation_dataset("train")
+        with self.using("text") as generator:
+            fit_generator(
+                generator,
+                BlockPlan(images, size=self.block_size, rank=rank, world_size=world_size),
+                Path(self.trainer.default_root_dir) / BANK,
+                settings,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+            )
+        self._fitted_with = settings
 
     def _samples(self, store: FeatureStore) -> SampleSource:
         """Keep small stores in memory between passes; read large ones from disk."""
@@ -321,6 +344,12 @@ class VisionPrototypeModule(SegmentationTask):
         self.trainer.strategy.barrier("prototypes")
 
     # Scores of maps.
+
+    def on_validation_start(self) -> None:
+        """Have the generator ready."""
+        self._fit_generator()
+
+    on_test_start = on_validation_start
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Score the maps of text and vision prototypes on tagged images with truth."""
@@ -380,7 +409,8 @@ class VisionPrototypeModule(SegmentationTask):
         return self._stream
 
     def on_predict_start(self) -> None:
-        """Open the stream of masks."""
+        """Have the generator ready, and open the stream of masks."""
+        self._fit_generator()
         self._done = self._masks(self.require_datamodule()).done_ids()
 
     def predict_step(self, batch: Block, batch_idx: int) -> None:
