@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 
 import vpl_lightning.data  # noqa: F401  (short class names in YAML resolve to what is imported)
 from vpl_lightning.cli.complaints import FRAME, BriefParser, distil
@@ -31,6 +33,13 @@ class VPLCLI(LightningCLI):
             if isinstance(error, ConfigurationError) or not str(error).startswith(FRAME):
                 raise
             raise ConfigurationError(distil(str(error))) from error
+
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """Build a trainer like the configured one; logs go to CSV files unless a logger is named."""
+        config = {**self._get(self.config_init, "trainer", default={}), **options}
+        if config.get("logger") in (None, True):
+            options["logger"] = CSVLogger(config["default_root_dir"], name="lightning_logs")
+        return super().instantiate_trainer(**options)
 
     def fit(self, model: SegmentationTask, datamodule: SegmentationDataModule, **options: Any) -> None:
         """Run every stage that the model asks for, reusing what an earlier run left whole and valid."""
@@ -66,7 +75,11 @@ def run_trainer(args: ArgsType) -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"use_distributed_sampler": False, "inference_mode": False},
+        trainer_defaults={
+            "default_root_dir": "runs/default",
+            "inference_mode": False,
+            "use_distributed_sampler": False,
+        },
         parser_class=BriefParser,
         args=args,
     )
