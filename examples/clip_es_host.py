@@ -18,12 +18,8 @@ class QuickGELU(nn.Module):
 class Block(nn.Module):  # OpenAI's returns a tensor, that of CLIP-ES's fork a pair
     def __init__(self, width, returns_pair):
         super().__init__()
-        ends = {
-            "c_fc": nn.Linear(width, 4 * width),
-            "gelu": QuickGELU(),
-            "c_proj": nn.Linear(4 * width, width),
-        }
-        self.mlp = nn.Sequential(OrderedDict(ends))
+        first, second = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=first, gelu=QuickGELU(), c_proj=second))
         self.attn, self.returns_pair = nn.MultiheadAttention(width, 2), returns_pair
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
 

@@ -1,0 +1,80 @@
+"""Phase 1 over gloo ranks: DDP's average of the ranks' gradients gives one process's prototypes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.phase1.test_store import COLUMNS, fill
+from vpl_lightning.functional.prototypes import PrototypeObjective
+from vpl_lightning.functional.recipe import PrototypeRecipe, SolverConfig, solve
+from vpl_lightning.store import FeatureStore, objective_from
+
+RECIPES = {
+    "pgd": PrototypeRecipe(solver=SolverConfig(steps=30)),
+    "lbfgs": PrototypeRecipe(solver=SolverConfig(name="lbfgs", steps=15)),
+}
+
+
+class Rows(nn.Module):
+    """What a task holds: the rows as its one parameter."""
+
+    def __init__(self, rows: Tensor, objective: PrototypeObjective) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows)
+        self.objective = objective
+
+    def forward(self) -> Tensor:
+        return self.objective(self.rows)
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    total = tensor.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def learn(rank: int, world_size: int, folder: str, text: Tensor) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    store = FeatureStore(
+        Path(folder) / "store", {"seed": 0}, rows=7, width=24, rank=rank, world_size=world_size
+    )
+    for name, recipe in RECIPES.items():
+        objective = objective_from(store, COLUMNS, text, recipe, all_reduce=all_reduce, world_size=world_size)
+        module = DistributedDataParallel(Rows(objective.initial(), objective))
+        solver = recipe.solver.build(module.parameters())
+
+        def closure(solver=solver, module=module) -> Tensor:
+            solver.zero_grad()
+            loss = module()
+            loss.backward()
+            return loss
+
+        for _ in range(recipe.solver.steps):
+            solver.step(closure)
+        torch.save(
+            {"rows": module.module.rows.detach(), "objective": solver.objective, "passes": solver.passes},
+            f"{folder}/{name}-{rank}.pt",
+        )
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_three_ranks_learn_what_one_process_learns(tmp_path: Path, clusters) -> None:
+    store = fill(tmp_path / "store", clusters.parts(), 2)
+    spawn(learn, args=(3, str(tmp_path), clusters.text), nprocs=3)
+    for name, recipe in RECIPES.items():
+        alone = solve(objective_from(store, COLUMNS, clusters.text, recipe), recipe.solver)
+        for rank in range(3):
+            found = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            torch.testing.assert_close(found["rows"], alone.rows, atol=1e-9, rtol=0)
+            assert found["passes"] == alone.passes
+            assert found["objective"] == pytest.approx(alone.objective, rel=1e-12)
