@@ -37,7 +37,7 @@ HOME_SHARE = 0.78
 COUNT_SHARES = (0.55, 0.32, 0.13)
 """Shares of scenes with one, two and three classes."""
 
-RADIUS_SHARES = ((0.30, 0.52), (0.22, 0.38), (0.18, 0.30))
+RADIUS_SHARES = ((0.40, 0.62), (0.28, 0.46), (0.22, 0.36))
 """Smallest and largest half width of objects as shares of the image side: with one, two, three classes."""
 
 MIN_VISIBLE_SHARE = 0.35
@@ -72,12 +72,12 @@ class Scene:
     caption: str
 
 
-def _choose(rng: np.random.Generator) -> tuple[list[int], str]:
+def _choose(rng: np.random.Generator, home_share: float) -> tuple[list[int], str]:
     """Return distinct classes, the main one first, and the kind of background."""
     count = 1 + int(rng.choice(3, p=COUNT_SHARES))
     classes = [int(i) for i in rng.permutation(len(CLASSES))[:count]]
     home = HOMES[CLASSES[classes[0]]]
-    if rng.random() < HOME_SHARE:
+    if rng.random() < home_share:
         return classes, home
     others = [kind for kind in BACKGROUNDS if kind != home]
     return classes, others[rng.integers(len(others))]
@@ -107,18 +107,19 @@ def _place(
     return image * (1.0 - alpha) + drawing.colour * alpha, np.where(solid, np.uint8(label + 1), mask)
 
 
-def render_scene(seed: int, index: int, *, size: int = 112) -> Scene:
+def render_scene(seed: int, index: int, *, size: int = 112, home_share: float = HOME_SHARE) -> Scene:
     """Draw scene ``index`` of the endless series ``seed``.
 
-    The result depends on the three arguments only, not on what was drawn before.
+    The result depends on the arguments only, not on what was drawn before.
 
     Args:
         seed: Series; use different series for training and evaluation.
         index: Position in the series.
         size: Side of the square image in pixels.
+        home_share: Share of scenes whose background is the home of their main object.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index))))
-    classes, background = _choose(rng)
+    classes, background = _choose(rng, home_share)
     image = draw_background(rng, background, size)
     mask = np.zeros((size, size), dtype=np.uint8)
     radii = RADIUS_SHARES[len(classes) - 1]
