@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from open_clip.model import CLIP
 
 from tests.models import tiny_clip
 from vpl_lightning.clip import CLIPEncoder
+
+# LightningCLI calls what jsonargparse is about to rename; that is between the two.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
 @pytest.fixture(name="tiny_clip", scope="session")

@@ -15,6 +15,12 @@ from vpl_lightning.cli.complaints import distil
 CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
 
 
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns where both its caller and the process have arguments."""
+    monkeypatch.setattr("sys.argv", ["vpl"])
+
+
 def complaint(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     """Run a command that must fail; return its exit code and its last line."""
     try:
@@ -62,14 +68,14 @@ def test_weights_of_the_wrong_geometry(capfd: pytest.CaptureFixture[str], tmp_pa
     state = tiny_clip().state_dict()
     state["visual.proj"] = state["visual.proj"][:-1]
     torch.save(state, tmp_path / "wrong.pt")
-    path = f"--model.localiser.encoder.checkpoint={tmp_path / 'wrong.pt'}"
-    code, line = complaint(capfd, "fit", f"--config={SHAPES}", path)
+    encoder = f"--model.localiser.encoder={{checkpoint: {tmp_path / 'wrong.pt'}, quick_gelu: true}}"
+    code, line = complaint(capfd, "fit", f"--config={SHAPES}", encoder)
     assert code == 2
     assert "visual.proj" in line
 
 
 def test_missing_root_names_where_it_looked(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ("--model.encoder.checkpoint=null", f"--data.root={tmp_path / 'nowhere'}")
+    words = ("--model.encoder={checkpoint: null}", f"--data.root={tmp_path / 'nowhere'}")
     code, line = complaint(capfd, "fit", f"--config={PROJECT / 'configs' / 'voc_prototypes.yaml'}", *words)
     assert code == 2
     assert str(tmp_path / "nowhere") in line
