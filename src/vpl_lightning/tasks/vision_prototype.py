@@ -234,6 +234,7 @@ class VisionPrototypeModule(SegmentationTask):
 
     def on_fit_start(self) -> None:
         """Collect what is missing of the store, and open the objective on it."""
+        super().on_fit_start()
         self._fit_generator()
         datamodule = self.require_datamodule()
         root = Path(self.trainer.default_root_dir)
