@@ -36,7 +36,7 @@ def test_leaves_every_product(finished_run: Path) -> None:
     assert set(report["text"]) == set(report["vision"]) == {"raw", "refined", "gap", "gap_cos"}
     assert report["decoder"]["miou"] is not None
     with Image.open(finished_run / "overview.png") as picture:
-        assert picture.width > picture.height
+        assert picture.size == (6 * 164 + 4, 6 * 164 + 4 + 16)  # six scenes, six columns
     assert "refined map mIoU" in (finished_run / "stdout.txt").read_text()
 
 
