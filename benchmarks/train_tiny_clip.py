@@ -17,9 +17,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +67,7 @@ class Training:
     layers: int = 3
     joint: int = 64
     patch_dropout: float = 0.6
+    late_share: float = 0.6
     precision: str = "bf16"
 
 
@@ -111,11 +114,7 @@ def build(training: Training, vocabulary: int) -> CLIP:
         patch_dropout=training.patch_dropout,
     )
     text = CLIPTextCfg(
-        context_length=CONTEXT_LENGTH,
-        vocab_size=vocabulary,
-        width=TEXT_WIDTH,
-        heads=TEXT_HEADS,
-        layers=TEXT_LAYERS,
+        CONTEXT_LENGTH, vocab_size=vocabulary, width=TEXT_WIDTH, heads=TEXT_HEADS, layers=TEXT_LAYERS
     )
     model = CLIP(training.joint, vision, text, quick_gelu=True)
     model.logit_scale.requires_grad_(False)
@@ -184,7 +183,8 @@ def train(training: Training) -> tuple[CLIP, Vocabulary]:
             group["lr"] = training.learning_rate * min(1.0, (step + 1) / training.warmup) * cosine
         scale = SCALE_RANGE[0] * (SCALE_RANGE[1] / SCALE_RANGE[0]) ** done
         images, captions, true = batch(rng, scenes, pixels, shares, training.batch)
-        image_features, text_features = encode(model, images, vocabulary(captions), training.precision)
+        with late_reading(model, bool(rng.random() < training.late_share)):
+            image_features, text_features = encode(model, images, vocabulary(captions), training.precision)
         loss = loss_function(image_features, text_features, scale, true)
         optimizer.zero_grad()
         loss.backward()
@@ -197,6 +197,30 @@ def train(training: Training) -> tuple[CLIP, Vocabulary]:
             )
     model.logit_scale.data.fill_(math.log(SCALE_RANGE[1]))
     return model.eval(), vocabulary
+
+
+def read_late(block: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+    """Keep the class token from reading patches in a block (a forward pre-hook)."""
+    length = inputs[0].shape[1]
+    mask = inputs[0].new_zeros(length, length)
+    mask[0, 1:] = -torch.inf
+    return inputs, {**options, "attn_mask": mask}
+
+
+@contextmanager
+def late_reading(model: CLIP, active: bool) -> Iterator[None]:
+    """Let the class token read patches in the last block only, if ``active``.
+
+    Used in a share of the training steps, as a dropout of structure: a small model would otherwise gather all it needs
+    before the last block, and maps of the last block would show little of what the model sees.
+    """
+    blocks = model.visual.transformer.resblocks[:-1] if active else []
+    handles = [block.register_forward_pre_hook(read_late, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def encode(model: CLIP, images: Tensor, tokens: Tensor, precision: str) -> tuple[Tensor, Tensor]:
