@@ -109,6 +109,7 @@ def stage_trainer(new_trainer: NewTrainer, root: Path, name: str, *, limit_val_b
         limit_val_batches=limit_val_batches,
         num_sanity_val_steps=0,
         enable_model_summary=False,
+        enable_checkpointing=False,
         accumulate_grad_batches=1,
         gradient_clip_val=None,
     )
