@@ -60,7 +60,9 @@ def imported(path: Path) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.update(
-                [node.module] if node.module != "vpl_lightning" else [f"{node.module}.{a.name}" for a in node.names]
+                [node.module]
+                if node.module != "vpl_lightning"
+                else [f"{node.module}.{a.name}" for a in node.names]
             )
     return names
 

@@ -22,7 +22,7 @@ from vpl_lightning.structures import ImageArray
 class Block(NamedTuple):
     """Decoded images of one block."""
 
-    index: int
+    number: int
     samples: list[Sample]
     resized: list[ImageArray]
     """The images on a multiple of the patch size."""
@@ -79,8 +79,8 @@ class BlockPlan:
             num_workers=num_workers,
             multiprocessing_context="forkserver" if num_workers else None,
         )
-        for index, items in zip(blocks, loader, strict=True):
-            yield Block(index, [sample for sample, _ in items], [resized for _, resized in items])
+        for number, items in zip(blocks, loader, strict=True):
+            yield Block(number, [sample for sample, _ in items], [resized for _, resized in items])
 
 
 class BlockLoader:

@@ -62,7 +62,7 @@ class PatchSelector:
         blocks = plan.pending(store.finished())
         loaded = plan.load(blocks, patch_size=self.generator.encoder.patch_size, num_workers=num_workers)
         for block in progress(loaded, total=len(blocks), what="text maps and features", shown=plan.rank == 0):
-            store.write(block.index, [sample["id"] for sample in block.samples], self.select(block))
+            store.write(block.number, [sample["id"] for sample in block.samples], self.select(block))
 
 
 def on_grid(maps: Float[Tensor, "K r s"], grid: tuple[int, int]) -> Float[Tensor, "K h w"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from vpl_lightning.data import SegmentationDataModule
 from vpl_lightning.report import write_report

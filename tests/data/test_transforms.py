@@ -28,7 +28,9 @@ def coloured(height, width, seed):
     st.integers(4, 90),
     st.integers(8, 64),
     keys,
-    st.sampled_from([Augmentation(), Augmentation(scale_min=1.0, scale_max=1.0), Augmentation(scale_min=0.3)]),
+    st.sampled_from(
+        [Augmentation(), Augmentation(scale_min=1.0, scale_max=1.0), Augmentation(scale_min=0.3)]
+    ),
 )
 def test_image_and_mask_never_drift_apart(height, width, size, key, augmentation):
     image, mask = coloured(height, width, seed=3)

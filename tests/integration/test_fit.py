@@ -92,7 +92,9 @@ def test_goes_on_after_sigkill_to_the_same_bytes(finished_run: Path, tmp_path: P
         words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         started = time.monotonic()
-        wanted = random.Random(seed).choice(["features/*.safetensors", "prototypes.safetensors", "pseudo_masks/*.png"])
+        wanted = random.Random(seed).choice(
+            ["features/*.safetensors", "prototypes.safetensors", "pseudo_masks/*.png"]
+        )
         while not list(tmp_path.glob(wanted)) and time.monotonic() - started < 120:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)

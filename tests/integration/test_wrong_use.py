@@ -38,10 +38,16 @@ def complaint(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]
         (("--model.decoder.widht=3",), "did you mean width"),
         (("--model.localiser.recipe.objective.tau_image=-1",), "tau_image=-1.0 must be positive"),
         (("--model.localiser.recipe.targets.mode=nope",), "mode"),
-        (("--model.localiser.generator.name=nope",), "unknown baseline 'nope'; available: clip_cpal, clip_es"),
+        (
+            ("--model.localiser.generator.name=nope",),
+            "unknown baseline 'nope'; available: clip_cpal, clip_es",
+        ),
         (("--model.localiser.generator.options={foo: 1}",), "has no option foo"),
         (("--model.localiser.encoder.checkpoint=nowhere.pt",), "nowhere.pt"),
-        (("--model.localiser.encoder.pretrained=openai",), "encoder.pretrained='openai' needs encoder.open_clip"),
+        (
+            ("--model.localiser.encoder.pretrained=openai",),
+            "encoder.pretrained='openai' needs encoder.open_clip",
+        ),
         (("--data.train_images=0",), "train_images=0 must be at least 1"),
         (("--data.classes=voc",), "data.classes"),
         (("--trainer.max_epochs=x",), "trainer.max_epochs"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jsonargparse import auto_cli
 
 from vpl_lightning.cli.baselines import list_baselines
@@ -14,7 +16,7 @@ FLAGS = ("--verify",)
 
 def run_tool(words: list[str]) -> int:
     """Parse and run one of the tools; jsonargparse ends wrong use with exit code 2."""
-    components = {
+    components: Any = {
         "prepare": {"voc": prepare_voc, "coco": prepare_coco, "folder": prepare_folder},
         "evaluate": evaluate,
         "baselines": list_baselines,

@@ -85,7 +85,9 @@ class LocalisationScores(nn.Module):
         if self.masks is not None:
             predictions["mask"] = make_mask(image, found.affinity.numpy(), classes, self.masks)
         for kind, prediction in predictions.items():
-            self.confusions[kind].update(torch.from_numpy(prediction).to(mask.device), mask)
+            cast(SegmentationConfusion, self.confusions[kind]).update(
+                torch.from_numpy(prediction).to(mask.device), mask
+            )
 
     def compute(self) -> dict[str, float]:
         """Return the mIoU of each kind of map, in [0, 1]."""
