@@ -28,7 +28,7 @@ import torch
 from open_clip import SimpleTokenizer
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from tiny_clip_scores import MEAN, STD, score
 from torch import Tensor
 from torch.nn import functional as F
@@ -268,7 +268,7 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(state, beside, metadata=told)
+        beside.write_bytes(serialise(state, metadata=told))
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
