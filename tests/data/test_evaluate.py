@@ -138,7 +138,7 @@ def test_maps_are_scored_under_every_background(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "power 1, chosen without the truth" in printed
     assert "tuned on the truth" in printed
-    chosen = scores(tmp_path / "maps", tmp_path / "truth", tmp_path, power=3.5, powers=[2], thresholds=[])
+    chosen = scores(tmp_path / "maps", tmp_path / "truth", tmp_path, power=3.5, powers=[2.0], thresholds=[])
     assert list(chosen["sweep"]) == ["power 3.5", "power 2"]
     assert chosen["miou"] == chosen["sweep"]["power 3.5"]
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
+from jaxtyping import Shaped
 
 from vpl_lightning.artifacts import atomic_path
 from vpl_lightning.errors import DataError
@@ -29,7 +30,7 @@ class Entry(NamedTuple):
 class Texts(Sequence[str]):
     """Strings in one array of fixed-width UTF-8, which may be memory-mapped."""
 
-    def __init__(self, array: npt.NDArray[np.bytes_]) -> None:
+    def __init__(self, array: Shaped[np.ndarray, " rows"]) -> None:
         self.array = array
 
     @classmethod

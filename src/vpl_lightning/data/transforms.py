@@ -8,12 +8,15 @@ from math import floor
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from vpl_lightning.data.images import MaskArray
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional.labels import VOID
 from vpl_lightning.structures import ImageArray
 
+View = tuple[UInt8[np.ndarray, "S S 3"], UInt8[np.ndarray, "S S"]]
+"""A square view of an image and of its mask."""
 CLIP_MEAN_RGB = (123, 117, 104)
 """CLIP's mean colour (0.4815, 0.4578, 0.4082) in 8 bits: padding is near zero once an encoder has "
 "normalised it."""
@@ -67,9 +70,7 @@ class RandomView:
         self.augmentation = augmentation
         self._pipeline: Any = None
 
-    def __call__(
-        self, image: ImageArray, mask: MaskArray, *, key: tuple[int, ...]
-    ) -> tuple[ImageArray, MaskArray]:
+    def __call__(self, image: ImageArray, mask: MaskArray, *, key: tuple[int, ...]) -> View:
         """Return one view.
 
         Args:
