@@ -98,3 +98,11 @@ def test_citation_and_package_agree() -> None:
     assert citation["version"] == vpl_lightning.__version__
     assert citation["preferred-citation"]["year"] == 2025
     assert f'version = "{vpl_lightning.__version__}"' in (PROJECT / "pyproject.toml").read_text()
+
+
+def test_every_package_is_shipped() -> None:
+    listed = (PROJECT / "pyproject.toml").read_text()
+    for name, root in (("vpl_lightning", SOURCE), ("vpl_baselines", PROJECT / "baselines")):
+        for init in root.rglob("__init__.py"):
+            package = ".".join([name, *init.parent.relative_to(root).parts])
+            assert f'"{package}",' in listed, f"pyproject.toml does not ship {package}"
