@@ -9,8 +9,8 @@ affinity, boxes, upsampling.
 
 Every round runs each case once, in a new order, so that a busy machine slows all of them alike; ratios are
 taken within a round and the median over rounds is shown, by the clock on the wall and by processor time.
-Memory is the peak resident size of a fresh process that does nothing but load the model and make the maps
-with the most classes.
+Memory is the peak resident size of a fresh process that imports, loads the model, encodes the texts and makes
+the maps with the most classes, after each of these.
 """
 
 from __future__ import annotations
@@ -103,19 +103,35 @@ def summarise(size: str, seconds: Mapping[str, Sequence[tuple[float, float]]]) -
     return rows
 
 
-def peak_memory(options: argparse.Namespace, *, classes: int) -> int:
-    """Return the peak resident bytes of a process that makes maps with so many classes; none: only loads."""
-    command = [sys.executable, __file__, "--peak-of", str(classes), "--sizes", options.sizes[0]]
-    command += ["--threads", str(options.threads), "--precision", options.precision]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def peak_memory(options: argparse.Namespace) -> dict[str, int]:
+    """Return the peak resident bytes of a fresh process after each stage of its life."""
+    command = [
+        sys.executable,
+        __file__,
+        "--memory",
+        "--sizes",
+        options.sizes[0],
+        "--precision",
+        options.precision,
+    ]
+    command += ["--threads", str(options.threads), "--classes", str(max(options.classes))]
+    peaks = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {str(stage): int(peak) for stage, peak in peaks.items()}
 
 
-def own_peak(options: argparse.Namespace) -> int:
-    """Make maps of one image three times, if any, and return the peak resident bytes of this process."""
+def own_peaks(options: argparse.Namespace) -> dict[str, int]:
+    """Load the model, make the maps of one image three times; return this process's peak after each step."""
+    peaks = {"imports": peak_bytes()}
     clip_es = generator(options.precision)
+    peaks["model and text"] = peak_bytes()
     image = picture(*shape(options.sizes[0]))
-    for _ in range(3 if options.peak_of else 0):
-        _ = clip_es.generate(image, range(options.peak_of)).refined
+    for _ in range(3):
+        _ = clip_es.generate(image, range(options.classes[0])).refined
+    peaks["maps"] = peak_bytes()
+    return peaks
+
+
+def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
@@ -132,15 +148,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="float32", help="of the blocks before the last")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="print peak memory alone, as JSON")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    if options.peak_of is not None:
-        print(own_peak(options))
+    if options.memory:
+        print(json.dumps(own_peaks(options)))
         return
     clip_es = generator(options.precision)
     timings = []
@@ -153,20 +169,15 @@ def main() -> None:
             f"{row.size:>9} {row.case:>10} {row.wall:8.3f} {row.wall_ratio:6.3f} "
             f"{row.processor:8.3f} {row.processor_ratio:6.3f}"
         )
-    most = max(options.classes)
-    loaded, peak = peak_memory(options, classes=0), peak_memory(options, classes=most)
+    peaks = peak_memory(options)
     print(
-        f"peak resident memory: {peak / 1e6:.0f} MB with {most} classes, {loaded / 1e6:.0f} MB of it to load"
+        "peak resident MB after " + ", ".join(f"{stage}: {peak / 1e6:.0f}" for stage, peak in peaks.items())
     )
     if options.json:
         report = {
             "timings": [asdict(row) for row in timings],
-            "peak_bytes": peak,
-            "loaded_bytes": loaded,
-            "peak_classes": most,
-            "settings": {
-                key: value for key, value in vars(options).items() if key not in ("json", "peak_of")
-            },
+            "peak_bytes": peaks,
+            "settings": {key: value for key, value in vars(options).items() if key not in ("json", "memory")},
             "environment": {
                 "torch": torch.__version__,
                 "python": platform.python_version(),

@@ -17,7 +17,7 @@ from vpl_lightning.errors import ConfigurationError
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts to ``(texts, context length)`` token ids."""
 
-TEXTS_AT_ONCE = 256
+TEXTS_AT_ONCE = 16
 """Texts in one pass of the text tower: bounds the memory of 80 templates times 100 classes."""
 
 
