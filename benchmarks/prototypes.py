@@ -180,30 +180,48 @@ def command(arguments: Sequence[str]) -> str:
     return " ".join(["python", f"benchmarks/{Path(script).name}", *named])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parse(description: str, *, recipe: bool = False) -> argparse.Namespace:
+    """Read the command line that the comparisons share.
+
+    Args:
+        description: Its first line is shown as help.
+        recipe: Whether one preset is chosen.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("data", choices=["scenes", "photos"])
     parser.add_argument("--encoders", nargs="+", required=True, help="one file a training")
     parser.add_argument("--root", help="VOC2012 or VOCdevkit (photos)")
     parser.add_argument("--train", default="train_aug", help="list that phase 1 learns from (photos)")
+    parser.add_argument("--pixels", type=int, default=120, help="patches an image that phase 1 learns from")
     parser.add_argument(
         "--score", nargs="+", help="lists or splits to score; default: val, or test of scenes"
     )
-    parser.add_argument("--pixels", type=int, default=120, help="patches an image that phase 1 learns from")
     parser.add_argument(
         "--no-masks", action="store_true", help="leave out the pseudo-masks, the slowest part"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of <data>.json and <data>.md")
-    args = parser.parse_args()
-    data: SegmentationDataModule
+    if recipe:
+        parser.add_argument("--recipe", choices=["default", "paper"], default="default")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
+    return parser.parse_args()
+
+
+def sources(args: argparse.Namespace) -> tuple[SegmentationDataModule, list[EncoderSpec], list[str]]:
+    """Return the data, the encoders and the splits to score that the arguments name."""
     if args.data == "photos":
         factory = "photo_clip:load_photo_clip"
         specs = [EncoderSpec(factory=factory, factory_options={"path": path}) for path in args.encoders]
-        data = VOCDataModule(args.root, classes=str(CLASSES), train_split=args.train)
-    else:
-        specs = [EncoderSpec(checkpoint=path) for path in args.encoders]
-        data = ShapesDataModule()
-    splits = args.score or ["val" if args.data == "photos" else "test"]
+        photos = VOCDataModule(args.root, classes=str(CLASSES), train_split=args.train)
+        return photos, specs, args.score or ["val"]
+    return (
+        ShapesDataModule(),
+        [EncoderSpec(checkpoint=path) for path in args.encoders],
+        args.score or ["test"],
+    )
+
+
+def main() -> None:
+    args = parse(__doc__ or "")
+    data, specs, splits = sources(args)
     begun = time.monotonic()
     recipes = {name: capped(preset, args.pixels) for name, preset in RECIPES.items()}
     tables = run(specs, recipes, data, splits, masks=not args.no_masks)
