@@ -170,7 +170,7 @@ def _class_free(
     part = BlockTrace(*(_take(value, rows) for value in trace))
     unit, spread = _take(unit, rows), _take(spread, rows)
     middle, middle_spread = _standardise(part.middle[:, 1:], block.norm_2.eps)
-    slope = activation_slope(part.hidden[:, 1:], block.activation) / spread
+    slope = activation_slope(part.hidden[:, 1:], block.activation).div_(spread)
     return _ClassFree(unit, spread, unit @ block.proj_weight, slope, middle, middle_spread, part)
 
 

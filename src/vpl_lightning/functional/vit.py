@@ -108,7 +108,7 @@ def activation_slope(x: Float[Tensor, "*B V"], activation: Activation) -> Float[
     """Derivative of :func:`activate`."""
     if activation == "quick_gelu":
         gate: Tensor = torch.sigmoid(QUICK_GELU_SLOPE * x)
-        return gate * (1 + QUICK_GELU_SLOPE * x * (1 - gate))
+        return torch.addcmul(gate, gate * (1 - gate), x, value=QUICK_GELU_SLOPE)
     cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
     return cdf + x * torch.exp(-0.5 * x * x) * math.sqrt(0.5 / math.pi)
 
