@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -48,23 +49,30 @@ def learn(rank: int, world_size: int, folder: str, text: Tensor) -> None:
         Path(folder) / "store", {"seed": 0}, rows=7, width=24, rank=rank, world_size=world_size
     )
     for name, recipe in RECIPES.items():
-        objective = objective_from(store, COLUMNS, text, recipe, all_reduce=all_reduce, world_size=world_size)
-        module = DistributedDataParallel(Rows(objective.initial(), objective))
-        solver = recipe.solver.build(module.parameters())
-
-        def closure(solver=solver, module=module) -> Tensor:
-            solver.zero_grad()
-            loss = module()
-            loss.backward()
-            return loss
-
-        for _ in range(recipe.solver.steps):
-            solver.step(closure)
-        torch.save(
-            {"rows": module.module.rows.detach(), "objective": solver.objective, "passes": solver.passes},
-            f"{folder}/{name}-{rank}.pt",
-        )
+        torch.save(solved(store, text, recipe, world_size), f"{folder}/{name}-{rank}.pt")
+    gc.collect()  # DDP's threads must be gone before the group is
+    distributed.barrier()
     distributed.destroy_process_group()
+
+
+def solved(
+    store: FeatureStore, text: Tensor, recipe: PrototypeRecipe, world_size: int
+) -> dict[str, Tensor | float]:
+    objective = objective_from(store, COLUMNS, text, recipe, all_reduce=all_reduce, world_size=world_size)
+    module = DistributedDataParallel(Rows(objective.initial(), objective))
+    solver = recipe.solver.build(module.parameters())
+    solver.precondition(objective.statistics.curvature())
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = module()
+        loss.backward()
+        return loss
+
+    for _ in range(recipe.solver.steps):
+        solver.step(closure)
+    rows = module.module.rows.detach().clone()
+    return {"rows": rows, "objective": solver.objective, "passes": solver.passes}
 
 
 @pytest.mark.filterwarnings("ignore")
