@@ -79,7 +79,9 @@ class TrainingSampler(Sampler[int]):
         order = torch.randperm(self.length, generator=generator)
         usable = self.length - self.length % self.world_size
         start, self.start = self.start, 0
-        rows = order[self.rank : usable : self.world_size][start:].numpy()  # a tensor would be taken apart at once
+        rows = order[self.rank : usable : self.world_size][
+            start:
+        ].numpy()  # a tensor would be taken apart at once
         return (int(row) + self.epoch * self.length for row in rows)
 
     def __len__(self) -> int:
