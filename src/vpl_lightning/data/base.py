@@ -143,9 +143,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         images = TaggedImages(tagged.index, tagged.images, self._training_masks)
         missing = images.missing_files()
         if missing:
-            fix = "remove the folder of masks to have them made again"
-            names = named(list(map(str, missing)))
-            raise DataError(f"{len(missing)} of {len(tagged)} training images have no mask: {names}; {fix}")
+            names = f"{named(list(map(str, missing)))}; remove the folder to have all made again"
+            raise DataError(f"{len(missing)} of {len(tagged)} training images have no mask: {names}")
         return images
 
     def use_pseudo_masks(self, folder: str | Path) -> None:
@@ -160,7 +159,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         Raises:
             ConfigurationError: If the training split has no true masks.
         """
-        masks = self.mask_source(self._split("train"))
+        masks = self.mask_source(self.splits.get("train", "train"))
         if masks is None:
             raise ConfigurationError("data.train_masks='truth': the training split has no true masks")
         self._training_masks = masks
@@ -241,10 +240,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         """
         images = self.evaluation_dataset("test")
         if images.masks is None:
-            raise ConfigurationError(
-                f"split '{self._split('test')}' has no true masks to score against; set data.masks, or run "
-                "predict"
-            )
+            split = self.splits.get("test", "test")
+            raise ConfigurationError(f"split '{split}' has no true masks; set data.masks, or run predict")
         return self._evaluation_loader(images)
 
     def predict_dataloader(self) -> Any:
@@ -282,12 +279,9 @@ class SegmentationDataModule(LightningDataModule, ABC):
             **options,
         )
 
-    def _split(self, role: str) -> str:
-        return self.splits.get(role, role)
-
     def _dataset(self, role: str, content: str) -> TaggedImages:
         """Return images with ``tags``, with ``truth``, or only ``images``; built and checked once."""
-        split = self._split(role)
+        split = self.splits.get(role, role)
         if (split, content) not in self._datasets:
             self._datasets[split, content] = self._build_dataset(split, content)
         return self._datasets[split, content]
