@@ -1,18 +1,15 @@
-"""Phase 1 over gloo ranks: DDP's average of the ranks' gradients gives one process's prototypes."""
+"""Phase 1 over gloo ranks: the average of their gradients, as DDP takes it, gives one process's prototypes."""
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 
 from tests.phase1.test_store import COLUMNS, fill
-from vpl_lightning.functional.prototypes import PrototypeObjective
 from vpl_lightning.functional.recipe import PrototypeRecipe, SolverConfig, solve
 from vpl_lightning.store import FeatureStore, objective_from
 
@@ -20,18 +17,6 @@ RECIPES = {
     "pgd": PrototypeRecipe(solver=SolverConfig(steps=12)),
     "lbfgs": PrototypeRecipe(solver=SolverConfig(name="lbfgs", steps=8)),
 }
-
-
-class Rows(nn.Module):
-    """What a task holds: the rows as its one parameter."""
-
-    def __init__(self, rows: Tensor, objective: PrototypeObjective) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(rows)
-        self.objective = objective
-
-    def forward(self) -> Tensor:
-        return self.objective(self.rows)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -50,7 +35,6 @@ def learn(rank: int, world_size: int, folder: str, text: Tensor) -> None:
     )
     for name, recipe in RECIPES.items():
         torch.save(solved(store, text, recipe, world_size), f"{folder}/{name}-{rank}.pt")
-    gc.collect()  # DDP's threads must be gone before the group is
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -59,19 +43,20 @@ def solved(
     store: FeatureStore, text: Tensor, recipe: PrototypeRecipe, world_size: int
 ) -> dict[str, Tensor | float]:
     objective = objective_from(store, COLUMNS, text, recipe, all_reduce=all_reduce, world_size=world_size)
-    module = DistributedDataParallel(Rows(objective.initial(), objective))
-    solver = recipe.solver.build(module.parameters())
+    rows = nn.Parameter(objective.initial())
+    solver = recipe.solver.build([rows])
+    solver.precondition(objective.statistics.curvature())
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = module()
+        loss = objective(rows)
         loss.backward()
+        rows.grad = all_reduce(rows.grad) / world_size
         return loss
 
     for _ in range(recipe.solver.steps):
         solver.step(closure)
-    rows = module.module.rows.detach().clone()
-    return {"rows": rows, "objective": solver.objective, "passes": solver.passes}
+    return {"rows": rows.detach(), "objective": solver.objective, "passes": solver.passes}
 
 
 @pytest.mark.filterwarnings("ignore")

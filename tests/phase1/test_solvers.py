@@ -113,6 +113,29 @@ def many_classes(count: int) -> Clusters:
     return Clusters(features, text, F.one_hot(told, 20).float())
 
 
+def test_curvature_saves_passes() -> None:
+    data = many_classes(800)
+    statistics = make_objective(data.parts(), Columns(20, 0), data.text).statistics
+    x, mass = data.features.double(), data.targets.double().sum(0)
+    moments = x.T @ x * 64 / x.square().sum() + 0.3 * torch.eye(64)
+    expected = torch.linalg.solve(moments, data.text.double().T).T / (mass / mass.mean() + 0.2)[:, None]
+    torch.testing.assert_close(
+        statistics.curvature().divide(data.text.double()), expected, rtol=1e-4, atol=1e-4
+    )
+
+    found = {}
+    for preconditioned in (False, True):
+        objective = make_objective(data.parts(), Columns(20, 0), data.text, tau_image=0.03)
+        rows = nn.Parameter(objective.initial())
+        solver = SphereLBFGS([rows])
+        if preconditioned:
+            solver.precondition(statistics.curvature())
+        for _ in range(20):
+            solver.step(closure_of(objective, solver, rows))
+        found[preconditioned] = solver.objective
+    assert found[True] < found[False] - 0.02
+
+
 @pytest.mark.parametrize("tau", [0.1, 0.03])
 def test_lbfgs_reaches_the_objective_of_gradient_descent_in_sixty_passes(clusters, tau: float) -> None:
     objective = make_objective(clusters.parts(), Columns(7, 0), clusters.text, tau_image=tau)

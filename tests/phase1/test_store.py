@@ -195,6 +195,7 @@ def test_statistics_equal_numpy(parts) -> None:
     w = torch.cat([part.weights for part in parts]).double().numpy()
     np.testing.assert_allclose(found.products, np.einsum("qr,q,qd->rd", t, w, x), atol=1e-4)
     entropy = -(w[:, None] * t * np.log(np.where(t > 0, t, 1))).sum()
+    np.testing.assert_allclose(found.moments, np.einsum("q,qd,qe->de", w, x, x), atol=1e-4)
     np.testing.assert_allclose(found.entropy, entropy, rtol=1e-5)
     np.testing.assert_allclose(found.region_counts, np.bincount(t.argmax(1), minlength=7))
     np.testing.assert_allclose(found.region_sums[2], x[t.argmax(1) == 2].sum(0), atol=1e-4)

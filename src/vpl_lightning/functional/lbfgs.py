@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional.solvers import ROUNDING, Closure, PrototypeSolver
+from vpl_lightning.functional.statistics import Curvature
 
 SUFFICIENT_DECREASE = 1e-4
 """Armijo's constant, the share of the first-order decrease that a step must reach (Nocedal and Wright)."""
@@ -43,6 +44,11 @@ class SphereLBFGS(PrototypeSolver):
         if memory < 1:
             raise ConfigurationError(f"memory={memory} must be at least 1")
         super().__init__(params, {"memory": memory})
+        self._curvature: Curvature | None = None
+
+    def precondition(self, curvature: Curvature) -> None:
+        """Start from this curvature; cuts the passes to less than half. It is no part of the state."""
+        self._curvature = Curvature(*(part.to(self._parameter) for part in curvature))
 
     @torch.no_grad()
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
@@ -63,7 +69,8 @@ class SphereLBFGS(PrototypeSolver):
         slope = float((direction * tangent).sum())
         if not slope < 0:
             state.update(moves=[], changes=[])
-            direction, slope = -tangent, -float((tangent * tangent).sum())
+            direction = -self._divide(before, tangent)
+            slope = float((direction * tangent).sum())
         longest = LONGEST_TURN / max(float(direction.norm(dim=-1).max()), torch.finfo(torch.float32).tiny)
         length = min(1.0, longest) if state["moves"] else longest
         found = self._search(closure, before, direction, slope, length)
@@ -104,11 +111,17 @@ class SphereLBFGS(PrototypeSolver):
         for move, change, product in reversed(pairs):
             shares.append((move * direction).sum() / product)
             direction = direction - shares[-1] * change
+        direction = self._divide(point, direction)
         if pairs:
-            direction = direction * (pairs[-1][2] / pairs[-1][1].square().sum())
+            _, change, product = pairs[-1]
+            direction = direction * (product / (change * self._divide(point, change)).sum())
         for (move, change, product), share in zip(pairs, reversed(shares), strict=True):
             direction = direction + (share - (change * direction).sum() / product) * move
         return _tangent(point, direction)
+
+    def _divide(self, point: Tensor, tangent: Tensor) -> Tensor:
+        """Apply the inverse of the curvature within the tangent space."""
+        return tangent if self._curvature is None else _tangent(point, self._curvature.divide(tangent))
 
     def _remember(self, before: Tensor, tangent: Tensor, value: float, gradient: Tensor) -> None:
         state, parameter = self._state, self._parameter

@@ -192,6 +192,7 @@ def solve(
     rows = (objective.initial(seed=seed) if start is None else start).detach().double().clone()
     rows.requires_grad_(True)
     solver = config.build([rows])
+    solver.precondition(objective.statistics.curvature())
 
     def closure() -> float:
         evaluation = objective.evaluate(rows)

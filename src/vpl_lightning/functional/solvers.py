@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from vpl_lightning.errors import ConfigurationError
+from vpl_lightning.functional.statistics import Curvature
 
 Halving = Literal["objective", "tangential", "raw", "none"]
 Projection = Literal["sphere", "ball"]
@@ -69,6 +70,9 @@ class PrototypeSolver(Optimizer):
     def measure(self) -> float:
         """Norm of the tangential gradient at the prototypes; nan before the first step."""
         return float(self._state.get("measure", math.nan))
+
+    def precondition(self, curvature: Curvature) -> None:
+        """Take note of how curved the objective is; solvers that do not use it pass over it."""
 
     @property
     def _parameter(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,23 @@ from vpl_lightning.functional.targets import Selected
 
 AllReduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks and returns it."""
+
+
+CURVATURE_RIDGE = 0.3
+"""Added to the second moments of the features, whose mean eigenvalue is one."""
+MASS_RIDGE = 0.2
+"""Added to the mass of the targets of each class, whose mean is one."""
+
+
+class Curvature(NamedTuple):
+    """A bound on the Hessian of the objective, inverted: what a step along a gradient should be multiplied by."""
+
+    rows: Float[Tensor, "R 1"]
+    inverse: Float[Tensor, "D D"]
+
+    def divide(self, gradient: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+        """Multiply by the inverse."""
+        return gradient @ self.inverse * self.rows
 
 
 @dataclass(frozen=True)
@@ -32,11 +50,13 @@ class Statistics:
     weight: Float[Tensor, ""]
     images: Float[Tensor, ""]
     """Images with at least one sample."""
+    moments: Float[Tensor, "D D"]
+    """Weighted ``features.T @ features``, which tells a solver how curved the objective is."""
 
     @classmethod
     def zeros(cls, rows: int, width: int) -> Statistics:
         """Statistics of nothing."""
-        shapes = ((rows, width), (rows,), (rows, width), (rows,), (), (), ())
+        shapes = ((rows, width), (rows,), (rows, width), (rows,), (), (), (), (width, width))
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     @classmethod
@@ -53,6 +73,7 @@ class Statistics:
             -torch.special.xlogy(weighted, targets).sum(),
             selected.weights.sum(),
             torch.tensor(float(len(features) > 0)),
+            (features * selected.weights[:, None]).T @ features,
         )
         return cls(*(part.double().cpu() for part in parts))
 
@@ -71,3 +92,13 @@ class Statistics:
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, for a file."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    def curvature(self) -> Curvature:
+        """Return how curved the objective is, up to a factor: alike for all prototypes but for their mass.
+
+        The Hessian of a softmax regression is bounded by the second moments of the features (Böhning, 1992).
+        """
+        moments = self.moments.cpu() * (len(self.moments) / self.moments.trace().cpu())
+        ridge = CURVATURE_RIDGE * torch.eye(len(moments), dtype=moments.dtype)
+        mass = self.mass.cpu() * (len(self.mass) / self.mass.sum().cpu())
+        return Curvature(1 / (mass + MASS_RIDGE)[:, None], torch.linalg.inv(moments + ridge))

@@ -21,7 +21,7 @@ from vpl_lightning.functional.statistics import Statistics
 from vpl_lightning.functional.targets import Selected
 from vpl_lightning.store.samples import LabelledChunk, SampleSource, no_targets, owners, rows_a_chunk, runs
 
-FORMAT = "vpl_lightning.samples/1"
+FORMAT = "vpl_lightning.samples/2"
 """Identifies the layout of a shard."""
 
 _ENTRY = "samples"

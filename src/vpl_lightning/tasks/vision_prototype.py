@@ -271,6 +271,8 @@ class VisionPrototypeModule(SegmentationTask):
             all_reduce=self._all_reduce if world_size > 1 else None,
             world_size=world_size,
         )
+        for solver in self.trainer.optimizers:
+            cast(PrototypeSolver, solver).precondition(self.objective.statistics.curvature())
         if self.trainer.ckpt_path is None:
             with torch.no_grad():
                 self.rows.copy_(self.objective.initial(seed=self.recipe.seed))
