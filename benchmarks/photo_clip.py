@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vpl_lightning.artifacts import atomic_write
 from vpl_lightning.clip import CLIPEncoder
 from vpl_lightning.errors import WeightsError
 
@@ -147,7 +148,7 @@ def save_photo_clip(
         tokens: Ids of the tokens of the training captions.
         notes: What else belongs into the metadata: command, seed, scores.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {
         key: value.detach().half().contiguous()
@@ -156,9 +157,8 @@ def save_photo_clip(
     }
     state["token_embedding.ids"] = tokens.int()
     state["token_embedding.rows"] = state.pop(TOKENS)[tokens].contiguous()
-    partial = path.with_suffix(".partial")
-    save_file(state, partial, metadata={"format": FORMAT, "config": json.dumps(asdict(config)), **notes})
-    partial.replace(path)
+    metadata = {"format": FORMAT, "config": json.dumps(asdict(config)), **notes}
+    atomic_write(path, save(state, metadata=metadata))
 
 
 def load_photo_clip(path: str, **options: Any) -> CLIPEncoder:
