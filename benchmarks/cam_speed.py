@@ -9,6 +9,8 @@ affinity, boxes, upsampling.
 
 Every round runs each case once, in a new order, so that a busy machine slows all of them alike; ratios are
 taken within a round and the median over rounds is shown, by the clock on the wall and by processor time.
+With more threads than idle cores both mean little, because fused attention waits for other threads less often
+than attention that is kept: on a busy machine take ``--threads 1`` and processor time.
 Memory is the peak resident size of a fresh process that imports, loads the model, encodes the texts and makes
 the maps with the most classes, after each of these.
 """
@@ -105,16 +107,9 @@ def summarise(size: str, seconds: Mapping[str, Sequence[tuple[float, float]]]) -
 
 def peak_memory(options: argparse.Namespace) -> dict[str, int]:
     """Return the peak resident bytes of a fresh process after each stage of its life."""
-    command = [
-        sys.executable,
-        __file__,
-        "--memory",
-        "--sizes",
-        options.sizes[0],
-        "--precision",
-        options.precision,
-    ]
-    command += ["--threads", str(options.threads), "--classes", str(max(options.classes))]
+    command = [sys.executable, __file__, "--memory", "--sizes", options.sizes[0]]
+    command += ["--precision", options.precision, "--threads", str(options.threads)]
+    command += ["--classes", str(max(options.classes))]
     peaks = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {str(stage): int(peak) for stage, peak in peaks.items()}
 
@@ -158,6 +153,7 @@ def main() -> None:
     if options.memory:
         print(json.dumps(own_peaks(options)))
         return
+    peaks = peak_memory(options)  # first: a process inherits the peak of the one that starts it
     clip_es = generator(options.precision)
     timings = []
     for size in options.sizes:
@@ -169,7 +165,6 @@ def main() -> None:
             f"{row.size:>9} {row.case:>10} {row.wall:8.3f} {row.wall_ratio:6.3f} "
             f"{row.processor:8.3f} {row.processor_ratio:6.3f}"
         )
-    peaks = peak_memory(options)
     print(
         "peak resident MB after " + ", ".join(f"{stage}: {peak / 1e6:.0f}" for stage, peak in peaks.items())
     )
