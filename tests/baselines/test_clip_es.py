@@ -114,7 +114,8 @@ def test_a_batch_equals_single_images(encoder: CLIPEncoder) -> None:
     for image, ids, found in zip(images, labels, generator.generate_batch(images, labels), strict=True):
         alone = generator.generate(image, ids)
         torch.testing.assert_close(found.cams, alone.cams, atol=2e-5, rtol=0)
-        torch.testing.assert_close(found.refined, alone.refined, atol=1e-4, rtol=0)
+        # Affinity amplifies the maps' rounding: 3e-5 in float32 at most, 3e-14 where the same is done in float64.
+        torch.testing.assert_close(found.refined, alone.refined, atol=5e-5, rtol=0)
         assert found.classes.tolist() == ids
 
 
