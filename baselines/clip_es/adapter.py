@@ -26,14 +26,14 @@ Gradient = Literal["closed_form", "autograd"]
 class ClipES(CAMGenerator):
     """Grad-CAM on softmax scores of classes and background words, then class-aware attention affinity.
 
-    How many blocks the affinity averages is the encoder's ``attention_blocks``.
+    How many blocks the affinity averages is the encoder's ``attention_blocks``; without it, this is
+    ``grad_cam``.
 
     Args:
         encoder: The frozen CLIP.
         classes: Class set.
         box_threshold: lambda of the affinity's boxes, a fraction of the map's maximum; None takes the class
             set's (CLIP-ES: 0.4 on VOC, 0.7 on COCO).
-        affinity: Whether maps are spread along attention; without, refined maps are the raw ones.
         score: What Grad-CAM differentiates. CLIP-ES takes the probability; its logarithm gives the same map
             and does not underflow.
         gradient: ``closed_form``, or ``autograd``: a backward pass a class, as the reference.
@@ -54,7 +54,6 @@ class ClipES(CAMGenerator):
         classes: ClassSet | str,
         *,
         box_threshold: float | None = None,
-        affinity: bool = True,
         score: Score = "log_probability",
         gradient: Gradient = "closed_form",
     ) -> None:
@@ -67,7 +66,6 @@ class ClipES(CAMGenerator):
         for key, value, known in (("score", score, Score), ("gradient", gradient, Gradient)):
             if value not in get_args(known):
                 raise ConfigurationError(f"{key}={value!r} must be one of {', '.join(get_args(known))}")
-        self.affinity = affinity
         self.score: Score = score
         self.gradient: Gradient = gradient
 
@@ -91,8 +89,7 @@ class ClipES(CAMGenerator):
         attention = (encoded.attention + trace.attention.mean(1)) / encoded.attention_blocks
         maps = []
         for index, (image, present) in enumerate(zip(images, labels, strict=True)):
-            cams = refined = cams_from_weights(trace.normed[index], weights[index], encoded.grid)
-            if self.affinity:
-                refined = refine_cams(cams, balance(attention[index, 1:, 1:]), threshold=self.box_threshold)
+            cams = cams_from_weights(trace.normed[index], weights[index], encoded.grid)
+            refined = refine_cams(cams, balance(attention[index, 1:, 1:]), threshold=self.box_threshold)
             maps.append(ClassCAMs(present, cams, refined, (image.shape[0], image.shape[1])))
         return maps

@@ -119,11 +119,6 @@ def test_a_batch_equals_single_images(encoder: CLIPEncoder) -> None:
         assert found.classes.tolist() == ids
 
 
-def test_without_affinity_the_refined_maps_are_the_class_activation_maps(encoder: CLIPEncoder) -> None:
-    maps = vpl_generator(encoder, "voc", affinity=False).generate(picture(90, 120, seed=1), [5, 2])
-    torch.testing.assert_close(maps.affinity, maps.cams)
-
-
 def test_box_threshold_comes_from_the_class_set_unless_given(encoder: CLIPEncoder) -> None:
     assert vpl_generator(encoder, "coco").box_threshold == 0.7
     assert vpl_generator(encoder, "coco", box_threshold=0.4).box_threshold == 0.4

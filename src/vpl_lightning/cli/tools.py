@@ -10,7 +10,7 @@ from vpl_lightning.cli.baselines import list_baselines
 from vpl_lightning.cli.evaluate import evaluate
 from vpl_lightning.cli.prepare import prepare_coco, prepare_folder, prepare_voc
 
-FLAGS = ("--verify",)
+FLAGS = ("--verify", "--json")
 """Options that may be given without a value."""
 
 
