@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ RECIPES = {
 }
 
 
+THREADS = 1
+"""Threads of every process: another number sums the float32 products in another order (1e-7 in a prototype)."""
+
+
 def all_reduce(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     distributed.all_reduce(total)
@@ -26,7 +31,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 
 def learn(rank: int, world_size: int, folder: str, text: Tensor) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
     )
@@ -59,6 +64,15 @@ def solved(
     return {"rows": rows.detach(), "objective": solver.objective, "passes": solver.passes}
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_learn_what_one_process_learns(tmp_path: Path, clusters) -> None:
     store = fill(tmp_path / "store", clusters.parts(), 2)

@@ -107,6 +107,7 @@ def test_order_does_not_matter(
         found.append(learn(tiny_clip, text, shuffled, max_pixels=max_pixels, folder=folder))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     whole = learn(tiny_clip, text, observations)
     assert torch.equal(found[0], whole) == (max_pixels == 10_000)
 
@@ -204,6 +205,8 @@ def test_wrong_use_is_answered(tiny_clip, text, observations) -> None:
         VPLPlugin(tiny_clip, text[0].T, text[1])
     with pytest.raises(ConfigurationError, match="Linear"):
         VPLPlugin(torch.nn.Linear(1, 1), *text)
+    with pytest.raises(DataError, match="no pixel"):
+        plugin.fit()
     with pytest.raises(ConfigurationError, match="max_pixels"):
         VPLPlugin(tiny_clip, *text, max_pixels=0)
 

@@ -221,6 +221,41 @@ def test_the_step_size_has_a_floor(objective: PrototypeObjective) -> None:
     assert rates[-1] == 3.0
 
 
+def test_a_search_without_success_leaves_the_rows_alone(clusters) -> None:
+    rows = nn.Parameter(clusters.text.double())
+    solver, before = SphereLBFGS([rows]), F.normalize(rows.detach(), dim=-1)
+    values = iter([1.0, float("nan"), float("inf"), *range(2, 40)])
+
+    def closure() -> float:
+        rows.grad = torch.ones_like(rows)
+        return next(values)
+
+    solver.step(closure)
+    torch.testing.assert_close(rows.detach(), before)
+    assert (solver.objective, solver.passes) == (1.0, 9)
+
+
+def test_solvers_on_a_plain_quadratic() -> None:
+    """Bowls of very different width: both reach the nearest unit rows."""
+    goal = F.normalize(
+        torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=-1
+    )
+    widths = torch.tensor([1.0, 3.0, 10.0, 30.0], dtype=torch.float64)[:, None]
+    for config in (SolverConfig(lr=0.9, steps=300), SolverConfig(name="lbfgs", steps=40)):
+        rows = nn.Parameter(F.normalize(goal + 0.5, dim=-1))
+        solver = config.build([rows])
+
+        def closure(rows: nn.Parameter = rows, solver: PrototypeSolver = solver) -> Tensor:
+            solver.zero_grad()
+            loss = ((rows - goal).square() / widths).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(config.steps):
+            solver.step(closure)
+        torch.testing.assert_close(rows.detach(), goal, atol=1e-3, rtol=0)
+
+
 def test_solver_refuses_what_it_cannot_do(clusters, objective: PrototypeObjective) -> None:
     with pytest.raises(ConfigurationError, match="one parameter"):
         ProjectedGradient([nn.Parameter(torch.ones(1, 1)), nn.Parameter(torch.ones(1, 1))])
@@ -235,7 +270,15 @@ def test_solver_refuses_what_it_cannot_do(clusters, objective: PrototypeObjectiv
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"name": "adam"}, {"steps": 0}, {"name": "lbfgs", "projection": "ball"}, {"lr": -1.0}]
+    "wrong",
+    [
+        {"name": "adam"},
+        {"steps": 0},
+        {"name": "lbfgs", "projection": "ball"},
+        {"lr": -1.0},
+        {"memory": 0},
+        {"lr_floor": -1},
+    ],
 )
 def test_wrong_solver_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError):
@@ -244,9 +287,9 @@ def test_wrong_solver_settings_are_refused(wrong: dict[str, object]) -> None:
 
 def test_recipes() -> None:
     assert PrototypeRecipe.preset() == PrototypeRecipe() == PRESETS["default"]
-    assert PrototypeRecipe().scale == pytest.approx(10)
+    assert PrototypeRecipe().scale() == pytest.approx(10)
     paper = PrototypeRecipe.preset("paper")
-    assert (paper.scale, paper.objective.tau_image, paper.solver.steps) == (100, 0.03, 3000)
+    assert (paper.scale(), paper.objective.tau_image, paper.solver.steps) == (100, 0.03, 3000)
     assert (paper.targets.seed_threshold, paper.targets.tau_text, paper.solver.lr) == (0.4, 0.01, 10)
     with pytest.raises(ConfigurationError, match="default, paper"):
         PrototypeRecipe.preset("best")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +38,8 @@ class SamplePool(SampleSource):
         max_samples: How many are kept; ``2 D + 4 R + 20`` bytes each, with a quarter more room.
         rows: ``R``, rows of prototypes.
         width: ``D``.
-        folder: Keep features and targets in this folder instead of in memory; the files are scratch space,
-            removed by :meth:`close`.
+        folder: Keep features and targets in nameless files there, which vanish with the process, instead of in
+            memory.
 
     Raises:
         ConfigurationError: If no sample may be kept.
@@ -52,8 +53,8 @@ class SamplePool(SampleSource):
         self.width = width
         self._folder = None if folder is None else Path(folder)
         room = int(max_samples * SLACK) + 1
-        self._features = self._array("features.scratch", (room, width), np.float16)
-        self._targets = self._array("targets.scratch", (room, rows), np.float32)
+        self._features = self._array((room, width), np.float16)
+        self._targets = self._array((room, rows), np.float32)
         self._weights = np.zeros(room, np.float32)
         self._priorities = np.zeros(room, np.int64)
         self._positions = np.zeros(room, np.int32)
@@ -62,17 +63,12 @@ class SamplePool(SampleSource):
         self.class_weights: Float[Tensor, " R"] | None = None
         """Factor of a sample's weight by its largest target, applied when samples are read."""
 
-    def _array(self, name: str, shape: tuple[int, int], dtype: type) -> np.ndarray:
+    def _array(self, shape: tuple[int, int], dtype: type) -> np.ndarray:
         if self._folder is None:
             return np.empty(shape, dtype)
         self._folder.mkdir(parents=True, exist_ok=True)
-        return np.memmap(self._folder / name, dtype, mode="w+", shape=shape)
-
-    def close(self) -> None:
-        """Remove the scratch files."""
-        if self._folder is not None:
-            for name in ("features.scratch", "targets.scratch"):
-                (self._folder / name).unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            return np.memmap(file, dtype, mode="w+", shape=shape)
 
     def __len__(self) -> int:
         """Samples in the pool; up to the slack, a few more than are kept in the end."""
