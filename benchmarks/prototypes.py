@@ -62,11 +62,8 @@ class Row:
     scale: float
 
 
-def learn(
-    spec: EncoderSpec, recipe: PrototypeRecipe, data: SegmentationDataModule, root: Path
-) -> VisionPrototypeModule:
+def fit(module: VisionPrototypeModule, data: SegmentationDataModule, root: Path) -> VisionPrototypeModule:
     """Run phase 1."""
-    module = VisionPrototypeModule(encoder=spec, recipe=recipe)
     trainer = lightning.Trainer(
         default_root_dir=root,
         accelerator="cpu",
@@ -107,9 +104,16 @@ def score(generator: CAMGenerator, rows: Sequence[Row], images: TaggedImages, *,
     return table
 
 
-def summary(tables: Sequence[Table]) -> str:
-    """Lay out mean and deviation over the encoders, and in how many of them a row beats text, in Markdown."""
-    columns = [column for column in COLUMNS if column in tables[0]["text"]]
+def summary(tables: Sequence[Table], against: Mapping[str, str] | None = None) -> str:
+    """Lay out mean and deviation over the encoders, and in how many of them a row beats another, in Markdown.
+
+    Args:
+        tables: One an encoder.
+        against: The row that a row is compared with; None compares all others with ``text``.
+    """
+    if against is None:
+        against = dict.fromkeys(set(tables[0]) - {"text"}, "text")
+    columns = [column for column in COLUMNS if column in next(iter(tables[0].values()))]
     lines = ["| prototypes | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in tables[0]:
         cells = []
@@ -119,9 +123,9 @@ def summary(tables: Sequence[Table]) -> str:
             cell = f"{mean(values):.{digits}f}"
             if len(values) > 1:
                 cell += f" ± {stdev(values):.{digits}f}"
-            if name != "text":
-                sign = -1 if column == "gap" else 1
-                wins = sum(sign * (table[name][column] - table["text"][column]) > 0 for table in tables)
+            if name in against:
+                sign, other = -1 if column == "gap" else 1, against[name]
+                wins = sum(sign * (table[name][column] - table[other][column]) > 0 for table in tables)
                 cell += f" ({wins}/{len(values)})"
             cells.append(cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -147,11 +151,14 @@ def run(
     for number, spec in enumerate(specs):
         begun = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            learnt = {name: learn(spec, one, data, Path(folder) / name) for name, one in recipes.items()}
+            learnt = {
+                name: fit(VisionPrototypeModule(encoder=spec, recipe=one), data, Path(folder) / name)
+                for name, one in recipes.items()
+            }
         module = learnt["ours"]
         text = module.generator.text_prototypes
-        rows = [Row("text", text, module.text_scale), Row("text, ours", text, module.recipe.scale)]
-        rows += [Row(name, one.prototypes, one.recipe.scale) for name, one in learnt.items()]
+        rows = [Row("text", text, module.text_scale), Row("text, ours", text, module.vision_scale)]
+        rows += [Row(name, one.prototypes, one.vision_scale) for name, one in learnt.items()]
         print(f"encoder {number}: phase 1 done after {time.monotonic() - begun:.0f} s", flush=True)
         for split in splits:
             found = score(module.generator, rows, data.evaluation_dataset(split), masks=masks)

@@ -95,7 +95,7 @@ class VPLPlugin:
     @property
     def scale(self) -> float:
         """Factor of the cosines that suits maps made with the learnt prototypes."""
-        return self.recipe.scale
+        return self.recipe.scale()
 
     @torch.no_grad()
     def observe(self, image_features: Array, cams: Arrays, label_ids: Arrays, *, image_id: str = "") -> None:
@@ -162,8 +162,8 @@ class VPLPlugin:
             if device.type != "cpu":
                 source = MemorySamples.copy(self._pool, width=self._pool.width, device=device)
             objective = objective_from(source, self.columns, self._text, self.recipe)
-            start = objective.initial(seed=self.recipe.seed).to(device)
-            self.solution = solve(objective, self.recipe.solver, start=start, after_step=after_step)
+            start = self.recipe.start(objective).to(device)
+            self.solution = solve(objective, self.recipe, start=start, after_step=after_step)
             prototypes = self.columns.expand(self.solution.rows.cpu(), self._text)
         count = self.columns.num_foreground
         return prototypes[:count].to(self._given[0]), prototypes[count:].to(self._given[1])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vpl_lightning.cams import CAMGenerator
 from vpl_lightning.clip import ClassSet, CLIPEncoder
+from vpl_lightning.clip.class_sets import templates
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.registry import baselines, check_options
 
@@ -87,17 +88,32 @@ class GeneratorSpec:
     Attributes:
         name: A name that ``vpl baselines`` lists.
         options: Keyword arguments of that generator.
+        templates: Prompts of the text prototypes instead of the class set's: ``single`` (the paper's single
+            prompt), ``clip_es``, the ensembles ``imagenet7`` and ``imagenet80``, or sentences with ``{}``.
     """
 
     name: str = "clip_es"
     options: Mapping[str, Any] = field(default_factory=dict)
+    templates: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse unknown names and options."""
+        """Refuse unknown templates; the generator is not imported yet."""
+        if self.templates is not None:
+            templates(self.templates)
+
+    def check(self) -> None:
+        """Import the generator, and refuse unknown names and options.
+
+        Raises:
+            ConfigurationError: Naming what is unknown.
+            PluginError: If it cannot be imported.
+        """
         check_options(self.name, baselines.get(self.name), dict(self.options))
 
     def build(self, encoder: CLIPEncoder, classes: ClassSet) -> CAMGenerator:
         """Build the generator."""
+        if self.templates is not None:
+            classes = classes.with_templates(self.templates)
         return baselines.create(self.name, encoder=encoder, classes=classes, **self.options)
 
 

@@ -126,4 +126,8 @@ def test_it_runs_phase_1(environment: dict[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "run" / "prototypes.safetensors").is_file()
     assert (tmp_path / "run" / "bank.safetensors").is_file()
     manifest = json.loads((tmp_path / "run" / "prototypes" / "manifest.json").read_text())
-    assert manifest["settings"]["generator"] == {"name": "strange", "options": {"power": 2.0}}
+    assert manifest["settings"]["generator"] == {
+        "name": "strange",
+        "options": {"power": 2.0},
+        "templates": None,
+    }

@@ -12,6 +12,7 @@ from vpl_baselines.dense_similarity import DenseSimilarity
 
 from vpl_lightning import registry
 from vpl_lightning.cli.baselines import list_baselines, survey
+from vpl_lightning.cli.tools import run_tool
 from vpl_lightning.errors import ConfigurationError, PluginError
 from vpl_lightning.registry import GROUP, Registry, baselines, check_options
 
@@ -152,7 +153,30 @@ def test_the_command_prints_a_table_and_warns(
     assert lines[0].split() == ["name", "paper", "origin", "licence"]
     assert [line.split()[0] for line in lines[2:]] == ["grad_cam"]
     assert "skipped 'absent'" in printed.err
-    assert list_baselines(json=True) == 0
+    assert run_tool(["baselines", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["grad_cam"]["licence"] == "MIT"
     assert "ModuleNotFoundError" in rows["absent"]["error"]
+
+
+def test_a_plugin_that_nobody_asked_for_may_be_broken(tmp_path) -> None:
+    """Not even the default generator is imported before a configuration names it or leaves it to stand."""
+    package = tmp_path / "vpl_baselines"
+    for name in ("", "clip_es"):
+        (package / name).mkdir(exist_ok=True)
+    (package / "__init__.py").write_text("")
+    (package / "clip_es" / "__init__.py").write_text("raise ImportError('half installed')")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from vpl_lightning.errors import PluginError\n"
+        "from vpl_lightning.specs import GeneratorSpec\n"
+        "from vpl_lightning.tasks import VisionPrototypeModule\n"
+        "assert 'vpl_baselines' not in sys.modules\n"
+        "try: VisionPrototypeModule()\n"
+        "except PluginError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (
+        "'clip_es' (vpl_baselines.clip_es:ClipES) cannot be imported: ImportError('half installed')"
+        in done.stdout
+    )

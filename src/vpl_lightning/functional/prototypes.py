@@ -127,7 +127,8 @@ class PrototypeObjective:
         self._local = statistics
         self._all_reduce = all_reduce or (lambda tensor: tensor)
         self._world_size = world_size
-        self._text = text.double()
+        self.text = text.double()
+        """Text prototypes of the rows."""
         self._workspace = _Workspace()
         self._by_image = bool(
             self.statistics.region_counts.sum() >= SAMPLES_WORTH_A_PRODUCT * self.statistics.images
@@ -140,7 +141,7 @@ class PrototypeObjective:
 
     def initial(self, *, seed: int = 0) -> Float[Tensor, "R D"]:
         """Return the prototypes to start from, float64, as the settings ask."""
-        text = self._text.cpu()
+        text = self.text.cpu()
         if self.config.init == "text":
             rows = text
         elif self.config.init == "masked_mean":
@@ -183,7 +184,7 @@ class PrototypeObjective:
         value = (log_sums - linear - local.entropy) / weight
         gradient = (sums - local.products) / (tau * weight)
         if self.config.class_level_weight:
-            text = self._text.to(exact.device)
+            text = self.text.to(exact.device)
             share = self.config.class_level_weight * float(local.weight / weight)
             class_value, class_gradient = class_level_term(exact, text, self.config)
             value, gradient = value + share * class_value, gradient + share * class_gradient

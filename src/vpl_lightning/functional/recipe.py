@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vpl_lightning.errors import ConfigurationError
+from vpl_lightning.functional.gap import modify_gap
 from vpl_lightning.functional.lbfgs import SphereLBFGS
 from vpl_lightning.functional.prototypes import ObjectiveConfig, PrototypeObjective
 from vpl_lightning.functional.solvers import (
@@ -17,12 +19,26 @@ from vpl_lightning.functional.solvers import (
     ProjectedGradient,
     Projection,
     PrototypeSolver,
+    Standstill,
     check_descent,
 )
 from vpl_lightning.functional.targets import TargetConfig
 
+Source = Literal["learnt", "modify_gap", "text"]
+
 CLIP_SCALE = 100.0
 """Factor of the cosines in CLIP's own softmax, one over its temperature of 0.01."""
+
+
+class Descent(Protocol):
+    """What a loop over optimiser steps asks of its settings."""
+
+    @property
+    def steps(self) -> int:
+        """How many."""
+
+    def build(self, params: Iterable[Tensor]) -> PrototypeSolver:
+        """Return the optimiser of one parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +102,23 @@ class SolverConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeRecipe:
-    """Everything that decides what phase 1 learns from given images and maps.
+    """Everything that decides what phase 1 makes of given images and maps.
 
     Attributes:
+        source: Where the prototypes come from, the rows of the paper's Table 4: ``learnt`` (VPL);
+            ``modify_gap``, text moved by the difference of the mean feature and the mean text prototype
+            (Liang et al., :func:`modify_gap`); or ``text`` as it is. The last two take no solver step.
         features: Dense features: the last block's ``value`` path, its ``final`` output, or ``penultimate``.
         seeds: Whether seeds come from ``raw`` or ``refined`` maps.
         targets: Which pixels, and what they are told.
         objective: What is minimised.
         solver: How.
         cam_scale: Factor of the cosines when maps are made with the prototypes; None for one over
-            ``objective.tau_image``.
+            ``objective.tau_image`` if they are learnt, and for the scale of text otherwise.
         seed: Of every random choice.
     """
 
+    source: Source = "learnt"
     features: Literal["value", "final", "penultimate"] = "value"
     seeds: Literal["raw", "refined"] = "refined"
     targets: TargetConfig = field(default_factory=TargetConfig)
@@ -110,6 +130,7 @@ class PrototypeRecipe:
     def __post_init__(self) -> None:
         """Refuse contradictory settings."""
         for key, known in {
+            "source": get_args(Source),
             "features": ("value", "final", "penultimate"),
             "seeds": ("raw", "refined"),
         }.items():
@@ -126,9 +147,31 @@ class PrototypeRecipe:
             )
 
     @property
-    def scale(self) -> float:
-        """Factor of the cosines when maps are made with the learnt prototypes."""
-        return self.cam_scale or 1 / self.objective.tau_image
+    def steps(self) -> int:
+        """Steps of the optimiser; one, which evaluates, where nothing is learnt."""
+        return self.solver.steps if self.source == "learnt" else 1
+
+    def scale(self, text_scale: float = CLIP_SCALE) -> float:
+        """Return the factor of the cosines when maps are made with the prototypes.
+
+        Args:
+            text_scale: Factor that goes with text.
+        """
+        return self.cam_scale or (1 / self.objective.tau_image if self.source == "learnt" else text_scale)
+
+    def build(self, params: Iterable[Tensor]) -> PrototypeSolver:
+        """Return the optimiser of the prototypes, which stands still where nothing is learnt."""
+        return self.solver.build(params) if self.source == "learnt" else Standstill(params)
+
+    def start(self, objective: PrototypeObjective) -> Float[Tensor, "R D"]:
+        """Return the rows to start from, float64; those that are not learnt are the outcome."""
+        if self.source == "learnt":
+            return objective.initial(seed=self.seed)
+        text = objective.text.cpu()
+        if self.source == "text":
+            return text
+        moved = modify_gap(text, objective.statistics.mean_feature.cpu())
+        return torch.where(objective.columns.learnt[:, None], moved, text)
 
     @classmethod
     def preset(cls, name: Literal["default", "paper"] = "default") -> PrototypeRecipe:
@@ -174,7 +217,7 @@ class Solution(NamedTuple):
 
 def solve(
     objective: PrototypeObjective,
-    config: SolverConfig,
+    config: Descent,
     *,
     start: Float[Tensor, "R D"] | None = None,
     seed: int = 0,
@@ -184,7 +227,7 @@ def solve(
 
     Args:
         objective: What.
-        config: How.
+        config: How; a :class:`SolverConfig` or a :class:`PrototypeRecipe`.
         start: Where from; :meth:`PrototypeObjective.initial` if None.
         seed: Of a random start.
         after_step: Called with the solver after each step, for progress.

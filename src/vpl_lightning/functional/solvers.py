@@ -104,6 +104,24 @@ class PrototypeSolver(Optimizer):
         return torch.tensor(self.objective, dtype=self._parameter.dtype, device=self._parameter.device)
 
 
+class Standstill(PrototypeSolver):
+    """Leaves the prototypes where they are: each step evaluates them, for prototypes that are not learnt."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+        """Evaluate the objective once.
+
+        Args:
+            closure: See :meth:`ProjectedGradient.step`.
+        """
+        value, gradient = self._evaluate(closure)
+        self._settle(value, gradient, float(gradient.norm()))
+        return self._loss()
+
+
 class ProjectedGradient(PrototypeSolver):
     """Full-batch projected gradient descent: the paper's solver, in InMaP's form.
 

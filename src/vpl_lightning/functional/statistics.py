@@ -89,6 +89,11 @@ class Statistics:
         summed = torch.split(flat, [part.numel() for part in parts])
         return Statistics(*(total.reshape(part.shape) for total, part in zip(summed, parts, strict=True)))
 
+    @property
+    def mean_feature(self) -> Float[Tensor, " D"]:
+        """Mean of all features, unweighted, not normalised."""
+        return self.region_sums.sum(0) / self.region_counts.sum()
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, for a file."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
