@@ -243,3 +243,9 @@ def test_maps_without_positive_evidence_are_zero() -> None:
     normed = torch.ones(5, 4)
     cams = gradcam.cams_from_weights(normed, torch.stack([-torch.ones(4), torch.zeros(4)]), (2, 2))
     assert cams.tolist() == torch.zeros(2, 2, 2).tolist()
+
+
+def test_maps_are_scaled_one_by_one() -> None:
+    maps = torch.tensor([[[-3.0, -1.0], [0.0, 1.0]], [[5.0, 5.0], [7.0, 6.0]], [[2.0, 2.0], [2.0, 2.0]]])
+    expected = [[[0.0, 0.5], [0.75, 1.0]], [[0.0, 0.0], [1.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]]]
+    torch.testing.assert_close(gradcam.minmax(maps), torch.tensor(expected), atol=1e-6, rtol=0)
