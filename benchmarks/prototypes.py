@@ -181,9 +181,9 @@ def machine() -> dict[str, Any]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """Return the command line, paths cut to their last part."""
+    """Return the command line, absolute paths cut to their last part."""
     script, *rest = arguments
-    named = [Path(one).name if "/" in one else one for one in rest]
+    named = [Path(one).name if Path(one).is_absolute() else one for one in rest]
     return " ".join(["python", f"benchmarks/{Path(script).name}", *named])
 
 
