@@ -18,132 +18,25 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from photo_clip import (
-    PATCH_SIZE,
-    STEM_MEAN,
-    STEM_STD,
-    PhotoCLIPConfig,
-    build_photo_clip,
-    load_photo_clip,
-    save_photo_clip,
-)
-from PIL import Image
+from photo_clip import PhotoCLIPConfig, build_photo_clip, load_photo_clip, save_photo_clip
+from photo_views import StemFeatures, Training, View, caption, squeeze
 from torch import Tensor
 from torch.nn import functional as F
 
 from vpl_lightning.clip import ClassSet, CLIPEncoder
 from vpl_lightning.data import VOCDataModule
 from vpl_lightning.data.images import TaggedImages
-from vpl_lightning.structures import ImageArray
 
 CLASSES = Path(__file__).with_name("photo_classes.yaml")
-TEMPLATES = (
-    "a clean origami {}.",
-    "a photo of a {}.",
-    "a photo of the {}.",
-    "itap of a {}.",
-    "art of the {}.",
-    "{}.",
-)
-JOINTS = (" and ", " and a ", ", ")
-BACKGROUND = -1
-"""Tag of a view that shows only the border."""
-BORDER = 2
-"""Patches along each side of an image that such a view may show."""
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """Settings of one training.
-
-    Attributes:
-        steps: Optimiser steps.
-        batch: Views a step.
-        kept: Share of an image's patches that a view shows.
-        rate: AdamW's highest learning rate; cosine after the warm-up.
-        decay: Weight decay of the matrices.
-        scales: Logit scale at the first and the last step, geometric in between. CLIP learns it from 1 / 0.07
-            up to 100; in so few steps it would not get beyond the second.
-        background: Share of views that show only the border.
-        single: Share of captions that name one tag alone.
-    """
-
-    steps: int = 160
-    batch: int = 96
-    kept: float = 0.3
-    rate: float = 1e-3
-    decay: float = 0.2
-    scales: tuple[float, float] = (1 / 0.07, 30.0)
-    background: float = 0.1
-    single: float = 0.5
-
-
-class View(NamedTuple):
-    """Some patches of an image."""
-
-    features: Float[Tensor, "Q F"]
-    places: Int[Tensor, " Q"]
-    tags: frozenset[int]
-
-
-class StemFeatures:
-    """What the frozen stem makes of every training image and its mirror image, half precision, in RAM.
-
-    Args:
-        images: Images with their tags.
-        config: Sizes of the model.
-    """
-
-    def __init__(self, images: TaggedImages, config: PhotoCLIPConfig) -> None:
-        stem = build_photo_clip(config).visual.conv1
-        mean, std = (torch.tensor(part)[:, None, None] for part in (STEM_MEAN, STEM_STD))
-        self.grid = config.grid
-        self.tags = [frozenset(images.labels(row)) for row in range(len(images))]
-        found = []
-        with torch.no_grad():
-            for row in range(len(images)):
-                pixels = torch.from_numpy(squeeze(images[row]["image"], config.grid)).permute(2, 0, 1)
-                pixels = (pixels.float() / 255 - mean) / std
-                both = stem.features(torch.stack([pixels, pixels.flip(-1)]))
-                found.append(both.flatten(2).transpose(1, 2).half())
-        self.features = torch.stack(found)
-
-    def statistics(self) -> tuple[Float[Tensor, " F"], Float[Tensor, " F"]]:
-        """Return mean and standard deviation of each channel."""
-        means = torch.stack([image.double().mean((0, 1)) for image in self.features])
-        squares = torch.stack([image.double().square().mean((0, 1)) for image in self.features])
-        mean = means.mean(0)
-        return mean.float(), (squares.mean(0) - mean.square()).clamp_min(1e-6).sqrt().float()
-
-    def view(self, row: int, settings: Training, draw: random.Random) -> View:
-        """Draw a view of an image: some of its patches, in place; rarely shuffled, or of the border alone."""
-        features = self.features[row, draw.randrange(2)]
-        total = self.grid**2
-        count = round(total * settings.kept)
-        kind = draw.random()
-        if kind < settings.background:
-            patches = draw.choices(self._border(), k=count)
-            return View(
-                features[patches], torch.tensor(draw.sample(range(total), count)), frozenset([BACKGROUND])
-            )
-        patches = draw.sample(range(total), count)
-        shuffled = kind < 2 * settings.background
-        places = draw.sample(range(total), count) if shuffled else patches
-        return View(features[patches], torch.tensor(places), self.tags[row])
-
-    def _border(self) -> list[int]:
-        rows, columns = np.divmod(np.arange(self.grid**2), self.grid)
-        inner = (np.minimum(rows, columns) >= BORDER) & (np.maximum(rows, columns) < self.grid - BORDER)
-        return list(np.flatnonzero(~inner))
 
 
 def train(
@@ -169,7 +62,7 @@ def train(
             group["lr"] = settings.rate * rise * 0.5 * (1 + math.cos(math.pi * done))
         rows = order[step * settings.batch : (step + 1) * settings.batch]
         views = [photos.view(row, settings, draw) for row in rows]
-        named = dict(_caption(view.tags, classes, settings, draw) for view in views)
+        named = dict(caption(view.tags, classes, settings, draw) for view in views)
         tokens = tokenizer(list(named))
         seen.update(tokens.unique().tolist())
         fits = torch.tensor([[tags <= view.tags for tags in named.values()] for view in views])
@@ -225,12 +118,6 @@ def zero_shot(encoder: CLIPEncoder, images: TaggedImages, grid: int, classes: Cl
     return {"top1": 100 * float(first.mean()), "map": 100 * float(np.mean(precisions))}
 
 
-def squeeze(image: ImageArray, grid: int) -> ImageArray:
-    """Resize an image to a square of ``grid`` patches a side."""
-    side = grid * PATCH_SIZE
-    return np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
-
-
 def _optimizer(model: Any, settings: Training) -> torch.optim.AdamW:
     """Decay the matrices, not the embeddings; leave the logit scale to its schedule."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -242,19 +129,6 @@ def _optimizer(model: Any, settings: Training) -> torch.optim.AdamW:
         {"params": groups[False], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(decays, lr=settings.rate, betas=(0.9, 0.98))
-
-
-def _caption(
-    tags: frozenset[int], classes: ClassSet, settings: Training, draw: random.Random
-) -> tuple[str, frozenset[int]]:
-    """Return a caption and the tags that it names."""
-    named = sorted(tags)
-    draw.shuffle(named)
-    if draw.random() < settings.single:
-        named = named[:1]
-    names = {tag: (classes.foreground[tag], classes.prompts[tag]) for tag in named if tag != BACKGROUND}
-    words = [draw.choice(names.get(tag, classes.background)) for tag in named]
-    return draw.choice(TEMPLATES).format(draw.choice(JOINTS).join(words)), frozenset(named)
 
 
 def _encode_views(model: Any, views: Sequence[View]) -> Float[Tensor, "B D"]:

@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import photo_clip  # noqa: E402
+import photo_views  # noqa: E402
 import train_photo_clip  # noqa: E402
 
 SMALL = photo_clip.PhotoCLIPConfig(grid=4, width=64, layers=2, embed_dim=16, text_width=32, text_heads=1)
@@ -104,15 +105,15 @@ def test_rare_tags_are_drawn_more_often_than_they_are():
 
 
 def test_border_views_show_the_border_alone_and_say_so():
-    photos = object.__new__(train_photo_clip.StemFeatures)
+    photos = object.__new__(photo_views.StemFeatures)
     photos.grid, photos.tags = 6, [frozenset([3])]
     photos.features = torch.arange(36.0).expand(1, 2, 36).unsqueeze(-1)
     inner = {14, 15, 20, 21}
-    settings = train_photo_clip.Training(background=1.0)
+    settings = photo_views.Training(background=1.0)
     view = photos.view(0, settings, random.Random(0))
-    assert view.tags == {train_photo_clip.BACKGROUND}
+    assert view.tags == {photo_views.BACKGROUND}
     assert not inner & set(view.features[:, 0].long().tolist())
-    view = photos.view(0, train_photo_clip.Training(background=0.0), random.Random(0))
+    view = photos.view(0, photo_views.Training(background=0.0), random.Random(0))
     assert view.tags == {3}
     assert view.features[:, 0].long().tolist() == view.places.tolist()
 
@@ -121,12 +122,10 @@ def test_captions_name_some_of_the_tags():
     classes = class_set(str(FOLDER / "photo_classes.yaml"))
     draw = random.Random(0)
     for _ in range(50):
-        text, named = train_photo_clip._caption(
-            frozenset([7, 14]), classes, train_photo_clip.Training(), draw
-        )
+        text, named = photo_views.caption(frozenset([7, 14]), classes, photo_views.Training(), draw)
         assert named
         assert named <= {7, 14}
         assert ("cat" in text) == (7 in named)
         assert ("person" in text) == (14 in named)
-    text, _ = train_photo_clip._caption(frozenset([-1]), classes, train_photo_clip.Training(), draw)
+    text, _ = photo_views.caption(frozenset([-1]), classes, photo_views.Training(), draw)
     assert "background" in text
