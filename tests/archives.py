@@ -161,18 +161,20 @@ COCO_CATEGORIES = {1: "person", 18: "dog", 44: "bottle", 90: "toothbrush"}
 """Official ids, of which 1 to 90 is not contiguous."""
 
 
-def make_coco(folder, *, images=4, split="train2014", size=(40, 60), layout="{split}"):
-    """``annotations/instances_<split>.json`` with polygons, a crowd as run lengths, overlaps, and the "
-    "images."""
+def make_coco(folder, *, images=4, split="train2014", layout="{split}", sizes=None, kinds=None):
+    """``annotations/instances_<split>.json`` with polygons, crowds as run lengths, overlaps, and the images.
+
+    Args:
+        sizes: (H, W) by number, else 40 x 60.
+        kinds: Kind of JPEG by number, see :func:`save_photo`; the second is grey otherwise.
+    """
     rng = np.random.default_rng(len(split) + images)
     entries, annotations = [], []
     for number in range(images):
         name = f"COCO_{split}_{number:012d}.jpg"
-        save_photo(
-            folder / layout.format(split=split) / name,
-            picture(number, size),
-            "grey" if number == 1 else "rgb",
-        )
+        size = (sizes or {}).get(number, (40, 60))
+        kind = (kinds or {1: "grey"}).get(number, "rgb")
+        save_photo(folder / layout.format(split=split) / name, picture(number, size), kind)
         entries.append({"id": number + 5, "file_name": name, "height": size[0], "width": size[1]})
         if number == 2:
             continue  # an image without objects
@@ -216,7 +218,7 @@ def _polygon(rng, number, image, category, size):
 
 def _crowd(rng, number, image, category, size):
     region = np.zeros(size, np.uint8)
-    top, left = rng.integers(0, size[0] // 2), rng.integers(0, size[1] // 2)
+    top, left = rng.integers(0, max(1, size[0] // 2)), rng.integers(0, max(1, size[1] // 2))
     region[top : top + 9, left : left + 14] = 1
     runs = rle.encode(np.asfortranarray(region))
     counts = _uncompressed(region) if number % 2 else runs["counts"].decode()

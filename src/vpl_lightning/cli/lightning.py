@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
@@ -35,10 +36,18 @@ class VPLCLI(LightningCLI):
             raise ConfigurationError(distil(str(error))) from error
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
-        """Build a trainer like the configured one; logs go to CSV files unless a logger is named."""
+        """Build a trainer like the configured one.
+
+        Logs go to CSV files unless a logger is named. The tasks keep their own checkpoints, so that Lightning
+        keeps others only if its ``ModelCheckpoint`` is asked for.
+        """
         config = {**self._get(self.config_init, "trainer", default={}), **options}
         if config.get("logger") in (None, True):
             options["logger"] = CSVLogger(config["default_root_dir"], name="lightning_logs")
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config.get("enable_checkpointing") is None:
+            options["enable_checkpointing"] = any(isinstance(item, Checkpoint) for item in callbacks)
         return super().instantiate_trainer(**options)
 
     def fit(self, model: SegmentationTask, datamodule: SegmentationDataModule, **options: Any) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vpl_lightning.errors import ConfigurationError, VPLError, WeightsError
 
@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str], *, given: bool) -> int:
     if words[0] in TRAINER_COMMANDS:
-        sys.path.append(os.getcwd())  # classes and factories that a configuration names may lie here
+        sys.path.append(str(Path.cwd()))  # classes and factories that a configuration names may lie here
         from vpl_lightning.cli.lightning import run_trainer
 
         run_trainer(words if given else None)

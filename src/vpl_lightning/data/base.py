@@ -21,7 +21,7 @@ from vpl_lightning.data.batches import (
     TrainingViews,
 )
 from vpl_lightning.data.checks import OnBadImage, named, ranks, tagged_only, usable
-from vpl_lightning.data.images import ImageFolder, ImageSource, MaskFolder, MaskSource, Sample, TaggedImages
+from vpl_lightning.data.images import ImageSource, MaskFolder, MaskSource, Sample, TaggedImages
 from vpl_lightning.data.index import TaggedIndex
 from vpl_lightning.data.listing import list_images
 from vpl_lightning.data.samplers import TrainingSampler, UnpaddedDistributedSampler, seed_worker
@@ -41,7 +41,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
     Args:
         classes: Class set, or its name.
         splits: The data set's own names of the roles ``train``, ``val`` and ``test``.
-        predict: What ``predict`` reads: a split, an image file, or a folder of images.
+        predict: What ``predict`` reads: a split by the data set's own name, an image file, or a folder.
         batch_size: Training views a process.
         num_workers: Worker processes of a loader.
         crop_size: Side of the square training views in pixels.
@@ -121,11 +121,11 @@ class SegmentationDataModule(LightningDataModule, ABC):
         Raises:
             DataError: If an image has no tag, unless such images are left out (``on_bad_image="skip"``).
         """
-        return self._dataset(split, "tags")
+        return self._dataset(self.splits.get(split, split), "tags")
 
     def evaluation_dataset(self, split: str = "val") -> TaggedImages:
         """Return the images of a split with their true masks; masks are None if the split has none."""
-        return self._dataset(split, "truth")
+        return self._dataset(self.splits.get(split, split), "truth")
 
     def training_dataset(self) -> TaggedImages:
         """Return the images of the training split with the masks that phase 2 learns from.
@@ -261,10 +261,12 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def _prediction_dataset(self) -> TaggedImages:
         path = Path(self.predict)
         if self.predict not in (*ROLES, *self.splits.values()) and path.exists():
-            root, index = list_images(path)
-            images = TaggedImages(index, ImageFolder(root, upright=True))
+            images = list_images(path)
             return usable(images, self.on_bad_image, what=self.predict, threads=self.num_workers)
-        return self._dataset(self.predict, "images")
+        try:
+            return self._dataset(self.predict, "images")
+        except ConfigurationError as error:
+            raise ConfigurationError(f"data.predict='{self.predict}' is no path; {error}") from error
 
     def _evaluation_loader(self, images: TaggedImages) -> DataLoader[EvaluationBatch]:
         collate = EvaluationCollator(self.num_classes - 1)
@@ -279,9 +281,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
             **options,
         )
 
-    def _dataset(self, role: str, content: str) -> TaggedImages:
+    def _dataset(self, split: str, content: str) -> TaggedImages:
         """Return images with ``tags``, with ``truth``, or only ``images``; built and checked once."""
-        split = self.splits.get(role, role)
         if (split, content) not in self._datasets:
             self._datasets[split, content] = self._build_dataset(split, content)
         return self._datasets[split, content]

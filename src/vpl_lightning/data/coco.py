@@ -27,7 +27,7 @@ class COCODataModule(SegmentationDataModule):
         train_split: ``train2014``, or another that was prepared.
         val_split: The split that ``validate`` scores.
         test_split: The split that ``test`` scores.
-        predict: A split, an image file, or a folder of images.
+        predict: A split or its role, an image file, or a folder of images.
         masks: Folder of true masks, with ``{split}`` where folders differ; by default those of ``prepare``.
         batch_size: Training views a process.
         num_workers: Worker processes of a loader.
@@ -61,10 +61,11 @@ class COCODataModule(SegmentationDataModule):
         classes: ClassSet | str = "coco",
         seed: int = 0,
     ) -> None:
+        splits = {"train": train_split, "val": val_split, "test": test_split}
         super().__init__(
             classes=classes,
-            splits={"train": train_split, "val": val_split, "test": test_split},
-            predict=predict,
+            splits=splits,
+            predict=splits.get(predict, predict),
             batch_size=batch_size,
             num_workers=num_workers,
             crop_size=crop_size,

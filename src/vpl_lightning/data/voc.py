@@ -35,7 +35,7 @@ class VOCDataModule(SegmentationDataModule):
         train_split: A list in ``ImageSets/Segmentation`` to train on; ``train`` is the official 1,464 images.
         val_split: The list that ``validate`` scores.
         test_split: The list that ``test`` scores; the official test set has no public masks.
-        predict: A list, an image file, or a folder of images.
+        predict: A list, such as ``test`` for the server, an image file, or a folder of images.
         masks: Folder of true masks, below ``root`` or anywhere; by default ``SegmentationClassAug`` or,
             failing that, ``SegmentationClass``.
         batch_size: Training views a process.

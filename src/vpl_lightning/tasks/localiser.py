@@ -274,8 +274,8 @@ class Localiser(SegmentationTask):
         self.fit_generator_once()
         self._done = self._masks(self.require_datamodule()).done_ids()
 
-    def predict_step(self, batch: Block, batch_idx: int) -> None:
-        """Make the maps of a block with the vision prototypes and hand them to the stream."""
+    def predict_step(self, batch: Block, batch_idx: int) -> list[str]:
+        """Make a block's maps with the vision prototypes, hand them to the stream, and return its ids."""
         stream = cast(PseudoMaskStream, self._stream)
         images = [sample["image"] for sample in batch.samples]
         labels = [sample["labels"] for sample in batch.samples]
@@ -286,6 +286,7 @@ class Localiser(SegmentationTask):
                 for index, found in zip(members, maps, strict=True):
                     if batch.samples[index]["id"] not in self._done:
                         stream.submit(batch.samples[index]["id"], images[index], found)
+        return [sample["id"] for sample in batch.samples]
 
     def on_predict_end(self) -> None:
         """Wait for the last masks and record that none is missing."""
