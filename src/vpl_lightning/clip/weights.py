@@ -66,7 +66,8 @@ def load_checkpoint(
         text_heads=text_heads or checkpoint.text_heads,
     )
     _check(checkpoint, model)
-    model.load_state_dict(checkpoint.state)
+    model.load_state_dict(checkpoint.state, assign=True)
+    model.attn_mask = model.attn_mask.new_full(model.attn_mask.shape, -math.inf, device="cpu").triu(1)
     model.visual.image_mean = checkpoint.statistics.get("mean")
     model.visual.image_std = checkpoint.statistics.get("std")
     return model
@@ -190,7 +191,7 @@ def _build(checkpoint: Checkpoint, quick_gelu: bool, *, heads: int | None, text_
             raise WeightsError(
                 f"{path}: a width of {size} cannot be cut into {count} heads; give another {name}"
             )
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):  # the file's tensors become the parameters: no second copy, no random numbers
         return CLIP(
             embed_dim=shapes["text_projection"][1],
             vision_cfg=CLIPVisionCfg(
