@@ -392,6 +392,19 @@ def test_a_run_folder_knows_what_to_go_on_from(
         module().checkpoint_to_resume(empty, data, "nowhere.ckpt")
 
 
+def test_scores_are_of_the_weights_at_hand(tmp_path: Path):
+    """Neither the sanity check nor a validation before the last step passes for a score of the outcome."""
+    task, often = module(), {"limit_val_batches": 1, "num_sanity_val_steps": 1}
+    trainer(tmp_path, max_epochs=1, check_val_every_n_epoch=2, **often).fit(task, SquaresDataModule())
+    assert task.results == {}
+    task = module()
+    trainer(tmp_path / "early", max_steps=3, val_check_interval=2, **often).fit(task, SquaresDataModule())
+    assert task.results == {}
+    task = module()
+    trainer(tmp_path / "last", max_epochs=1, **often).fit(task, SquaresDataModule())
+    assert set(task.results) == {"val"}
+
+
 def test_a_run_without_end_has_no_learning_rate(tmp_path: Path):
     with pytest.raises(ConfigurationError, match=r"set trainer.max_steps or trainer.max_epochs"):
         trainer(tmp_path, max_epochs=-1).fit(module(), datamodule=SquaresDataModule())

@@ -188,6 +188,10 @@ class DecoderModule(SegmentingTask):
         path = Path(self.trainer.default_root_dir) / self.stage / "checkpoints" / "last.ckpt"
         return [LatestCheckpoint(path, steps=self.checkpoint_steps)]
 
+    def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
+        """Forget the scores of earlier weights, those of Lightning's sanity check among them."""
+        self.results.pop("val", None)
+
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch of views; random numbers depend on seed, epoch, batch and rank alone."""
         with seeded(self.seed, self.current_epoch, batch_idx, self.global_rank, device=self.device):
