@@ -74,12 +74,13 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.filterwarnings("ignore")
-def test_two_ranks_learn_what_one_process_learns(tmp_path: Path, clusters) -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_learn_what_one_process_learns(tmp_path: Path, clusters, world_size: int) -> None:
     store = fill(tmp_path / "store", clusters.parts(), 2)
-    spawn(learn, args=(2, str(tmp_path), clusters.text), nprocs=2)
+    spawn(learn, args=(world_size, str(tmp_path), clusters.text), nprocs=world_size)
     for name, recipe in RECIPES.items():
         alone = solve(objective_from(store, COLUMNS, clusters.text, recipe), recipe.solver)
-        for rank in range(2):
+        for rank in range(world_size):
             found = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             torch.testing.assert_close(found["rows"], alone.rows, atol=1e-9, rtol=0)
             assert found["passes"] == alone.passes

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: gathered rows and their gradients, a data set of odd size, predictions."""
+"""Two and three gloo processes against one: gathered rows and their gradients, a data set of odd size, predictions."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 N, D = 4, 8
+SHARES = {2: [(0, 3), (3, 5)], 3: [(0, 2), (2, 3), (3, 5)]}
+"""First and last image of the contrast on each rank, by number of ranks; one rank of three has no foreground."""
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes, joined by gloo, have left what they found."""
+@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The folder in which processes, joined by gloo, have left what they found, and their number."""
     root = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(work_of_a_rank, (port, root), nprocs=2)
-    return root
+    multiprocessing.spawn(work_of_a_rank, (request.param, port, root), nprocs=request.param)
+    return root, request.param
 
 
-def work_of_a_rank(rank: int, port: int, root: Path) -> None:
+def work_of_a_rank(rank: int, world_size: int, port: int, root: Path) -> None:
     torch.set_num_threads(1)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ.update(place, LOCAL_RANK=str(rank), NODE_RANK="0")
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    gather_and_contrast(rank, root)
-    learn_score_and_predict(rank, root)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ.update(place, WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), NODE_RANK="0")
+    distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    gather_and_contrast(rank, world_size, root)
+    learn_score_and_predict(rank, world_size, root)
     distributed.destroy_process_group()
 
 
@@ -84,37 +86,42 @@ def gradients(mode: str, share: slice, *, parallel: bool) -> dict[str, Tensor]:
     return {"value": value.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
 
-def gather_and_contrast(rank: int, root: Path) -> None:
+def gather_and_contrast(rank: int, world_size: int, root: Path) -> None:
+    starts = [r * (r + 1) // 2 for r in range(world_size + 1)]
     rows = torch.arange(3.0 * (rank + 1)).view(rank + 1, 3).requires_grad_()
     gathered = gather_rows(rows)
-    assert gathered.shape == (3, 3)
-    gathered[rank:].sum().backward()
-    # Rank 0 has row 0 of 3, counted twice; of rank 1's rows both are in the sum.
-    assert rows.grad.eq(2).all()
-    flags = gather_rows(torch.tensor([True, False][: rank + 1]))
-    assert flags.tolist() == [True, True, False]
+    assert gathered.shape == (starts[-1], 3)
+    assert gathered[starts[rank] : starts[rank + 1]].equal(rows)
+    gathered.square().sum().backward()
+    # Every rank computes the same sum; data-parallel training takes the mean over ranks.
+    assert rows.grad.equal(2 * world_size * rows.detach())
+    flags = gather_rows(torch.tensor([True, *[False] * rank]))
+    assert flags.nonzero().flatten().tolist() == starts[:-1]
     assert gather_rows(torch.zeros(0, 2) if rank else torch.ones(2, 2)).sum() == 4
     assert gather_list([rank] * (2 - rank)) == [0, 0, 1]
-    share = slice(0, 3) if rank == 0 else slice(3, 5)
-    found = {mode: gradients(mode, share, parallel=True) for mode in ("tcl_sampled", "region_class")}
+    first, last = SHARES[world_size][rank]
+    found = {
+        mode: gradients(mode, slice(first, last), parallel=True) for mode in ("tcl_sampled", "region_class")
+    }
     torch.save(found, root / f"{rank}.pt")
 
 
-def test_two_ranks_contrast_like_one(ranks: Path):
+def test_ranks_contrast_like_one(ranks: tuple[Path, int]):
+    root, world_size = ranks
     for mode in ("tcl_sampled", "region_class"):
         expected = gradients(mode, slice(0, 5), parallel=False)
         assert expected["value"] > 0.1
-        for rank in range(2):
-            found = torch.load(ranks / f"{rank}.pt", weights_only=True)[mode]
+        for rank in range(world_size):
+            found = torch.load(root / f"{rank}.pt", weights_only=True)[mode]
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 torch.testing.assert_close(found[name], value, msg=f"{mode} {name} of rank {rank}")
 
 
-def learn_score_and_predict(rank: int, root: Path) -> None:
+def learn_score_and_predict(rank: int, world_size: int, root: Path) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    run = trainer(root, devices=2, strategy="ddp", max_steps=2)
+    run = trainer(root, devices=world_size, strategy="ddp", max_steps=2)
     task = module(StandIn(), evaluation=PLAIN, prediction=PredictionSpec(server_archive=True))
     run.fit(task, datamodule=SquaresDataModule())
     run.test(task, datamodule=SquaresDataModule(), verbose=False)
@@ -127,15 +134,16 @@ def learn_score_and_predict(rank: int, root: Path) -> None:
     (root / f"{rank}.json").write_text(json.dumps(seen))
 
 
-def test_two_ranks_score_and_predict_like_one(ranks: Path, tmp_path: Path):
-    """Seven images to score: one rank has four, the other three."""
-    first, second = (json.loads((ranks / f"{rank}.json").read_text()) for rank in range(2))
-    assert first["matrix"] == second["matrix"]
-    assert first["weights"] == second["weights"]
-    assert sorted(first["predicted"] + second["predicted"]) == [str(1000 + i) for i in range(7)]
-    assert not set(first["predicted"]) & set(second["predicted"])
+def test_ranks_score_and_predict_like_one(ranks: tuple[Path, int], tmp_path: Path):
+    """Seven images to score: uneven shares, whether two or three ranks have them."""
+    root, world_size = ranks
+    found = [json.loads((root / f"{rank}.json").read_text()) for rank in range(world_size)]
+    for other in found[1:]:
+        assert other["matrix"] == found[0]["matrix"]
+        assert other["weights"] == found[0]["weights"]
+    assert sorted(name for one in found for name in one["predicted"]) == [str(1000 + i) for i in range(7)]
     one = trainer(tmp_path)
     task = module(StandIn(), evaluation=PLAIN)
-    one.test(task, SquaresDataModule(), ckpt_path=ranks / "decoder/checkpoints/last.ckpt", verbose=False)
-    assert task.results["test"].tolist() == first["matrix"]
-    assert (ranks / "predictions" / "voc2012_comp6_test_cls.tar.gz").is_file()
+    one.test(task, SquaresDataModule(), ckpt_path=root / "decoder/checkpoints/last.ckpt", verbose=False)
+    assert task.results["test"].tolist() == found[0]["matrix"]
+    assert (root / "predictions" / "voc2012_comp6_test_cls.tar.gz").is_file()
