@@ -42,6 +42,8 @@ def fit_method(
         prepare_masks(model.localiser, datamodule, Path(trainer.default_root_dir), new_trainer=new_trainer)
         model.localiser.load_prototypes(model.localiser.prototype_file(trainer.default_root_dir))
         datamodule.use_pseudo_masks(model.localiser.mask_folder(trainer.default_root_dir))
+    if datamodule.evaluation_dataset("val").masks is None:
+        trainer.limit_val_batches = 0
     resume = model.checkpoint_to_resume(trainer, datamodule, ckpt_path)
     if resume is not None:
         say(f"{model.stage}: going on from {resume}")

@@ -8,7 +8,7 @@ from tests.archives import make_folder, save_photo
 from vpl_lightning.clip import ClassSet
 from vpl_lightning.data import TaggedFolderDataModule
 from vpl_lightning.data.tags import TagResolver, read_tag_rows
-from vpl_lightning.errors import ConfigurationError, DataError
+from vpl_lightning.errors import ConfigurationError
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_unknown_tags_are_all_named_or_ignored_aloud(photos, tmp_path, capsys):
     rows = ["file,tags", "photo 0.jpg,cat;kat", "photo 2.jpg,holiday", "photo 4.jpg,boat"]
     (tmp_path / "tags.csv").write_text("\n".join(rows))
     found = r"(?s)2 unknown tags.*'holiday' is no class.*'kat'.*did you mean 'cat'\?"
-    with pytest.raises(DataError, match=found):
+    with pytest.raises(ConfigurationError, match=found):
         module(photos, tags=str(tmp_path / "tags.csv")).localisation_dataset()
     data = module(photos, tags=str(tmp_path / "tags.csv"), unknown_tags="ignore", on_bad_image="skip")
     assert list(data.localisation_dataset().ids) == ["photo 0", "photo 4"]
@@ -83,17 +83,18 @@ def test_wrong_files_of_tags_are_named(photos, tmp_path):
     for text, reason in {
         "file,tags\ngone.jpg,cat\n": "names 1 files that are not in .*gone.jpg",
         "file,tags\nphoto 0.jpg,cat,dog\n": "line 2: 1 cells too many",
-        "file,tags,split\nphoto 0.jpg,cat,dev\n": r"photo 0\.jpg: split 'dev'; a split is one of train,",
+        "file,tags,split\nphoto 0.jpg,cat,dev\n": r"1 rows have a wrong split: photo 0\.jpg: split 'dev'; a",
         "file,tags\nphoto 0.jpg,\n": "1 of 1 images have no tag: photo 0",
         "file,tags\n,cat\n": "line 2: needs the name of an image",
-        "file,tags\nphoto 0.jpg,cat\nphoto 0,dog\n": "image id 'photo 0' comes twice",
+        "file,tags\nphoto 0.jpg,cat\nphoto 0,dog\n": r"1 rows repeat a name: photo 0\.jpg \(after photo 0\.jpg\)",
     }.items():
-        with pytest.raises(DataError, match=reason):
+        with pytest.raises(ConfigurationError, match=reason):
             rewrite(photos, tmp_path, text).localisation_dataset()
     with pytest.raises(ConfigurationError, match=r"needs a column 'file' and a column 'tags'.*name, word"):
         rewrite(photos, tmp_path, "name,word\na,b\n").localisation_dataset()
-    with pytest.raises(DataError, match="is not JSON"):
-        rewrite(photos, tmp_path, "{", "tags.json").localisation_dataset()
+    for text, reason in {"{": "is not JSON", '{"a": ["cat"], "a": ["dog"]}': "'a' comes twice"}.items():
+        with pytest.raises(ConfigurationError, match=reason):
+            rewrite(photos, tmp_path, text, "tags.json").localisation_dataset()
     with pytest.raises(ConfigurationError, match="mapping of files to lists"):
         rewrite(photos, tmp_path, "[3]", "tags.json").localisation_dataset()
     with pytest.raises(ConfigurationError, match=r"suffix must be \.csv"):
@@ -107,7 +108,7 @@ def test_names_that_fit_several_photographs_are_refused(photos, tmp_path):
         save_photo(tmp_path / "photos" / place / "x.jpg", module(photos).localisation_dataset()[0]["image"])
     (tmp_path / "classes.yaml").write_text("foreground: [cat]\n")
     (tmp_path / "tags.csv").write_text("file,tags\nx.jpg,cat\n")
-    with pytest.raises(DataError, match=r"'x\.jpg' fits several images: a/x\.jpg, b/x\.jpg"):
+    with pytest.raises(ConfigurationError, match=r"'x\.jpg' fits several images: a/x\.jpg, b/x\.jpg"):
         module(tmp_path).localisation_dataset()
 
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 import vpl_lightning.data  # noqa: F401  (short class names in YAML resolve to what is imported)
+from vpl_lightning.artifacts import atomic_write
 from vpl_lightning.cli.complaints import FRAME, BriefParser, distil
 from vpl_lightning.data import SegmentationDataModule
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.method import fit_method
 from vpl_lightning.tasks import SegmentationTask
 from vpl_lightning.tasks.checkpoints import chosen_checkpoint
+
+
+class RunConfigCallback(SaveConfigCallback):
+    """Also keeps the configuration of a fit in the run folder, for ``test`` and ``predict`` to read."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml``; Lightning calls this on the first rank alone."""
+        if stage == "fit":
+            text = self.parser.dump(self.config, skip_none=False)
+            atomic_write(Path(trainer.default_root_dir) / self.config_filename, text.encode())
 
 
 class VPLCLI(LightningCLI):
@@ -83,6 +95,7 @@ def run_trainer(args: ArgsType) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        save_config_callback=RunConfigCallback,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
             "default_root_dir": "runs/default",

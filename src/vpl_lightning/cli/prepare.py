@@ -129,9 +129,9 @@ def prepare_coco(
 
 def prepare_folder(
     root: str,
+    *,
     tags: str,
     classes: str,
-    *,
     masks: str | None = None,
     verify: bool = False,
     workers: int | None = None,
@@ -159,31 +159,37 @@ def prepare_folder(
 
     if not Path(root).is_dir():
         raise ConfigurationError(f"root='{root}' is no folder; give the one with the photographs")
+    if masks and not Path(masks).is_dir():
+        raise ConfigurationError(f"masks='{masks}' is no folder; give the one with <id>.png")
     names = class_set(classes)
     resolver, files, findings = TagResolver(names), FolderFiles(Path(root)), Findings()
     rows = read_tag_rows(Path(tags))
-    checks, used, known = [], set[str](), set[str]()
+    drawn = {path.stem: path for path in Path(masks).glob("*.png")} if masks else {}
+    checks, tagged, owners, known = list[ImageCheck](), set[str](), dict[str, str](), set[str]()
     shown: Counter[str] = Counter()
     for row in rows:
-        file = files.find(row.file)
-        mask = Path(masks) / f"{Path(row.file).stem}.png" if masks else None
+        file = files.find(row.file) or row.file
+        name = Path(file).stem
         known.update(tag for tag in row.tags if resolver.find(tag) is not None)
         shown.update(names.foreground[number] for number in resolver.resolve(row.tags)[0])
         checks.append(
-            ImageCheck(
-                id=Path(row.file).stem,
-                image=Path(root) / (file or row.file),
-                tags=tuple(row.tags),
-                mask=mask if mask and mask.is_file() else None,
-                upright=True,
-            )
+            ImageCheck(name, Path(root) / file, tags=tuple(row.tags), mask=drawn.get(name), upright=True)
         )
-        if file in used:
-            findings.faults.append(Fault("image tagged twice", checks[-1].id, f"{tags}: {row.file}"))
-        used.add(file or "")
-    untagged = [file for file in files.files if file not in used]
+        if file in tagged:
+            findings.faults.append(Fault("image tagged twice", name, f"{tags}: {row.file}"))
+        elif owners.setdefault(name, file) != file:
+            detail = f"{owners[name]} and {file}: rename one, since masks are named by id"
+            findings.faults.append(Fault("id used twice", name, detail))
+        tagged.add(file)
     findings.faults += [
-        Fault("image without tags", Path(file).stem, f"{tags} has no row for {file}") for file in untagged
+        Fault("image without tags", Path(file).stem, f"{tags} has no row for {file}")
+        for file in files.files
+        if file not in tagged
+    ]
+    findings.faults += [
+        Fault("mask without image", name, f"{path}; {tags} has no row of that name")
+        for name, path in drawn.items()
+        if name not in owners
     ]
     findings.note(f"{len(rows):,} rows, {len(files.files):,} photographs")
     findings.note("tags: " + ", ".join(f"{name} {shown[name]:,}" for name in names.foreground))

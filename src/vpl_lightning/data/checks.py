@@ -10,7 +10,7 @@ from torch import distributed
 
 from vpl_lightning.data.images import TaggedImages
 from vpl_lightning.data.index import TaggedIndex
-from vpl_lightning.errors import DataError
+from vpl_lightning.errors import ConfigurationError, DataError
 
 OnBadImage = Literal["raise", "skip", "list"]
 """What to do about images that cannot be used.
@@ -98,14 +98,14 @@ def tagged_only(index: TaggedIndex, policy: OnBadImage, *, what: str) -> TaggedI
         what: Name of the split, for messages.
 
     Raises:
-        DataError: With the other policies, or if no image has a tag; names them.
+        ConfigurationError: With the other policies, or if no image has a tag; names them.
     """
     unlabelled = index.unlabelled()
     if not unlabelled:
         return index
     found = f"{what}: {len(unlabelled)} of {len(index)} images have no tag: {named(unlabelled)}"
     if policy != "skip" or len(unlabelled) == len(index):
-        raise DataError(f"{found}; tag them, take them off the list, or set on_bad_image to skip")
+        raise ConfigurationError(f"{found}; tag them, take them off the list, or set on_bad_image to skip")
     announce(f"{found}; leaving them out")
     return index.without(set(unlabelled))
 

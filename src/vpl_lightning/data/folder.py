@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from vpl_lightning.data.index import Entry, TaggedIndex
 from vpl_lightning.data.listing import image_files
 from vpl_lightning.data.tags import TagResolver, TagRow, read_tag_rows
 from vpl_lightning.data.transforms import Augmentation
-from vpl_lightning.errors import ConfigurationError, DataError
+from vpl_lightning.errors import ConfigurationError
 
 SPLITS = ("train", "val", "test", "all")
 
@@ -133,11 +134,20 @@ class TaggedFolderDataModule(SegmentationDataModule):
             else:
                 matched.append((Entry(Path(file).stem, file, labels), row.split))
         if wrong:
-            raise DataError(f"{self.tags}: {named(wrong)}; a split is one of {', '.join(SPLITS[:3])}")
+            raise ConfigurationError(
+                f"{self.tags}: {len(wrong)} rows have a wrong split: {named(wrong)}; a split is one of "
+                f"{', '.join(SPLITS[:3])}"
+            )
         if missing:
-            raise DataError(
+            raise ConfigurationError(
                 f"{self.tags} names {len(missing)} files that are not in {self.root}: {named(missing)}; "
                 "restore them or remove their rows"
+            )
+        if repeated := repeated_ids(entry for entry, _ in matched):
+            raise ConfigurationError(
+                f"{self.tags}: {len(repeated)} rows repeat a name: {named(repeated)}; keep one row a "
+                "photograph, and rename photographs that differ in folder or suffix alone, since masks are "
+                "named by the rest"
             )
         self._judge_unknown(unknown, resolver)
         return matched
@@ -149,11 +159,23 @@ class TaggedFolderDataModule(SegmentationDataModule):
             announce(f"{self.tags}: ignoring {len(unknown)} unknown tags: {named(sorted(unknown))}")
             return
         lines = [f"  {file}: {resolver.explain(tag)}" for tag, file in sorted(unknown.items())]
-        raise DataError(
+        raise ConfigurationError(
             f"{self.tags}: {len(unknown)} unknown tags; add them to 'foreground' or 'synonyms' of the "
             "classes file, or set "
             "unknown_tags to ignore:\n" + "\n".join(lines)
         )
+
+
+def repeated_ids(entries: Iterable[Entry]) -> list[str]:
+    """Return the files whose id an earlier entry has, each with that entry's file."""
+    first: dict[str, str] = {}
+    repeated = []
+    for entry in entries:
+        if entry.id in first:
+            repeated.append(f"{entry.file} (after {first[entry.id]})")
+        else:
+            first[entry.id] = entry.file
+    return repeated
 
 
 class FolderFiles:
@@ -165,19 +187,23 @@ class FolderFiles:
 
     def __init__(self, root: Path) -> None:
         self.files = image_files(root)
+        self._paths = frozenset(self.files)
         self._by_name: dict[str, list[str]] = {}
         for file in self.files:
             path = Path(file)
-            for key in dict.fromkeys((file, path.name, path.stem)):
+            for key in dict.fromkeys((path.name, path.stem)):
                 self._by_name.setdefault(key, []).append(file)
 
     def find(self, name: str) -> str | None:
         """Return the path of an image below the folder, or None.
 
         Raises:
-            DataError: If several images fit; names them.
+            ConfigurationError: If several images fit; names them.
         """
-        found = self._by_name.get(name.replace("\\", "/").removeprefix("./"), [])
+        path = name.replace("\\", "/").removeprefix("./")
+        found = [path] if path in self._paths else self._by_name.get(path, [])
         if len(found) > 1:
-            raise DataError(f"'{name}' fits several images: {named(found)}; write the path below the folder")
+            raise ConfigurationError(
+                f"'{name}' fits several images: {named(found)}; write the path below the folder"
+            )
         return found[0] if found else None

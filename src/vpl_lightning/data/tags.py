@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from vpl_lightning.archives.lists import first_repeated
 from vpl_lightning.clip import ClassSet
 from vpl_lightning.errors import ConfigurationError, DataError
 
@@ -89,7 +90,7 @@ def read_tag_rows(path: Path) -> list[TagRow]:
     tags, or a list of records with the same keys.
 
     Raises:
-        ConfigurationError: If the file is neither, or lacks a column; names it.
+        ConfigurationError: If the file is neither, or a column or row is wrong; names it.
         DataError: If it cannot be read.
     """
     try:
@@ -152,7 +153,7 @@ def _csv_rows(text: str, path: Path) -> list[TagRow]:
     rows = []
     for record in reader:
         if record.get(None):
-            raise DataError(
+            raise ConfigurationError(
                 f"{path}, line {reader.line_num}: {len(record[None])} cells too many; put several tags into "
                 "one cell, separated by ';'"
             )
@@ -161,10 +162,15 @@ def _csv_rows(text: str, path: Path) -> list[TagRow]:
 
 
 def _json_rows(text: str, path: Path) -> list[TagRow]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := first_repeated([key for key, _ in pairs]):
+            raise ConfigurationError(f"{path}: '{twice}' comes twice; keep one")
+        return dict(pairs)
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+        raise ConfigurationError(f"{path} is not JSON: {error}") from error
     if isinstance(value, Mapping):
         value = [{"file": file, "tags": tags} for file, tags in value.items()]
     if not isinstance(value, list) or not all(isinstance(record, Mapping) for record in value):
@@ -183,7 +189,7 @@ def _row(record: Mapping[Any, Any], file_key: str, tag_key: str, where: str) -> 
             tags = tags.replace(separator, SEPARATORS[0])
         tags = tags.split(SEPARATORS[0])
     if not isinstance(file, str) or not file.strip() or not isinstance(tags, list):
-        raise DataError(
+        raise ConfigurationError(
             f"{where}: needs the name of an image and a list of tags, found {file!r} and {tags!r}"
         )
     names = [str(tag).strip() for tag in tags]
