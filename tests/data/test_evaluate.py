@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.ndimage import binary_erosion
 from sklearn.metrics import confusion_matrix
 
-from tests.archives import save_palette
+from tests.archives import label_map, save_palette
 from vpl_lightning.artifacts import write_clip_es
 from vpl_lightning.cli.evaluate import evaluate
 from vpl_lightning.cli.scoring import POWERS, THRESHOLDS, Background
@@ -69,6 +70,22 @@ def test_the_truth_scores_one(tmp_path, capsys):
     random_masks(tmp_path / "truth", 1, classes=21, void=0.0)
     assert scores(tmp_path / "truth", tmp_path / "truth", tmp_path)["miou"] == 1.0
     assert "mIoU 100.00 over 21 classes, 5 images" in capsys.readouterr().out
+
+
+def test_masks_eroded_by_three_pixels(tmp_path):
+    truths, eroded = [], []
+    for number in range(4):
+        truth = label_map(number, [number, 7, 19], (50, 64))
+        objects = [binary_erosion(truth == value, iterations=3) * value for value in (number + 1, 8, 20)]
+        eroded.append(np.sum(objects, 0).astype(np.uint8))
+        truths.append(truth)
+        save_palette(tmp_path / "truth" / f"{number}.png", truth)
+        save_palette(tmp_path / "masks" / f"{number}.png", eroded[-1])
+    found = scores(tmp_path / "masks", tmp_path / "truth", tmp_path)
+    matrix, _, mean = independent(eroded, truths, 21)
+    assert found["confusion"] == matrix.tolist()
+    assert found["miou"] == mean
+    assert 0.3 < mean < 0.9
 
 
 def test_workers_change_nothing(tmp_path):
