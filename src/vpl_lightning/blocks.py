@@ -84,7 +84,10 @@ class BlockPlan:
 
 
 class BlockLoader:
-    """Blocks of this rank as Lightning's loops want a loader: an iterable with a length.
+    """Blocks of this rank as Lightning's loops want a loader: an iterable with a length of at least one.
+
+    A rank that has nothing to do gets one block without images: Lightning stops at a loader without batches, or
+    leaves out the hooks that close what the other ranks do together.
 
     Args:
         images: The data set.
@@ -117,10 +120,12 @@ class BlockLoader:
         return plan, [block for block in plan.pending(set()) if not done.issuperset(plan.ids(block))]
 
     def __len__(self) -> int:
-        """Blocks of this rank that are left."""
-        return len(self._work[1])
+        """Blocks of this rank that are left, or one without images."""
+        return max(1, len(self._work[1]))
 
     def __iter__(self) -> Iterator[Block]:
         """Decode them in order."""
         plan, blocks = self._work
+        if not blocks:
+            return iter([Block(len(plan), [], [])])
         return plan.load(blocks, patch_size=self.patch_size, num_workers=self.num_workers)

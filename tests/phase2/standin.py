@@ -63,7 +63,13 @@ class SquaresDataModule(SegmentationDataModule):
     """Ten training images by default, seven to score."""
 
     def __init__(
-        self, *, train: int = 10, num_workers: int = 0, predict: str = "val", classes: ClassSet = CLASSES
+        self,
+        *,
+        train: int = 10,
+        val: int = 7,
+        num_workers: int = 0,
+        predict: str = "val",
+        classes: ClassSet = CLASSES,
     ):
         super().__init__(
             classes=classes,
@@ -76,7 +82,7 @@ class SquaresDataModule(SegmentationDataModule):
             augmentation=Augmentation(scale_min=0.8, scale_max=1.2),
             seed=0,
         )
-        self.counts = {"train": train, "val": 7, "test": 7}
+        self.counts = {"train": train, "val": val, "test": 7}
         self.use_true_masks()
 
     def read_index(self, split: str, *, labelled: bool) -> TaggedIndex:

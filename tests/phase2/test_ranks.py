@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -26,6 +27,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 N, D = 4, 8
+FEW = (1, 2, 3, 5)
+"""Images to predict, of which ranks get unlike shares, and some none."""
 SHARES = {2: [(0, 3), (3, 5)], 3: [(0, 2), (2, 3), (3, 5)]}
 """First and last image of the contrast on each rank, by number of ranks; one rank of three has no foreground."""
 
@@ -126,6 +129,12 @@ def learn_score_and_predict(rank: int, world_size: int, root: Path) -> None:
     run.fit(task, datamodule=SquaresDataModule())
     run.test(task, datamodule=SquaresDataModule(), verbose=False)
     found = run.predict(task, datamodule=SquaresDataModule())
+    for size in FEW:
+        data = SquaresDataModule(val=size)
+        few = trainer(root / f"few_{size}", devices=world_size, strategy="ddp")
+        alone = module(StandIn(), evaluation=PLAIN, prediction=PredictionSpec(server_archive=True))
+        alone.attach(data.classes)
+        few.predict(alone, datamodule=data)
     seen = {
         "matrix": task.results["test"].tolist(),
         "weights": [value.double().sum().item() for value in task.state_dict().values()],
@@ -147,3 +156,12 @@ def test_ranks_score_and_predict_like_one(ranks: tuple[Path, int], tmp_path: Pat
     one.test(task, SquaresDataModule(), ckpt_path=root / "decoder/checkpoints/last.ckpt", verbose=False)
     assert task.results["test"].tolist() == found[0]["matrix"]
     assert (root / "predictions" / "voc2012_comp6_test_cls.tar.gz").is_file()
+
+
+def test_no_image_is_lost_or_predicted_twice_whatever_their_number(ranks: tuple[Path, int]):
+    for size in FEW:
+        folder = ranks[0] / f"few_{size}" / "predictions"
+        names = {f"{1000 + number}.png" for number in range(size)}
+        assert {path.name for path in folder.glob("*.png")} == names
+        with tarfile.open(folder / "voc2012_comp6_test_cls.tar.gz") as archive:
+            assert sorted(Path(name).name for name in archive.getnames()) == sorted(names)

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from vpl_lightning.artifacts import fingerprint
 from vpl_lightning.clip import ClassSet, class_set
 from vpl_lightning.data.batches import (
-    EvaluationBatch,
     EvaluationCollator,
+    EvaluationLoader,
     TrainingBatch,
     TrainingCollator,
     TrainingViews,
@@ -24,7 +24,7 @@ from vpl_lightning.data.checks import OnBadImage, named, ranks, tagged_only, usa
 from vpl_lightning.data.images import ImageSource, MaskFolder, MaskSource, Sample, TaggedImages
 from vpl_lightning.data.index import TaggedIndex
 from vpl_lightning.data.listing import list_images
-from vpl_lightning.data.samplers import TrainingSampler, UnpaddedDistributedSampler, seed_worker
+from vpl_lightning.data.samplers import TrainingSampler, own_rows, seed_worker
 from vpl_lightning.data.transforms import Augmentation, RandomView
 from vpl_lightning.errors import ConfigurationError, DataError
 
@@ -203,7 +203,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
             split: Role or name.
         """
         images = self.localisation_dataset(split).without(frozenset(skip))
-        return self._loader(images, batch_size=batch_size, sampler=self._shares(images), collate_fn=list)
+        return self._loader(images, batch_size=batch_size, sampler=own_rows(len(images)), collate_fn=list)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return what the task at hand trains on: its own loader if it brings one, else views with masks."""
@@ -227,12 +227,12 @@ class SegmentationDataModule(LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
         )
 
-    def val_dataloader(self) -> DataLoader[EvaluationBatch] | list[DataLoader[EvaluationBatch]]:
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """Return this rank's share of the validation split with its truth; no loader without any truth."""
         images = self.evaluation_dataset("val")
         return [] if images.masks is None else self._evaluation_loader(images)
 
-    def test_dataloader(self) -> DataLoader[EvaluationBatch]:
+    def test_dataloader(self) -> EvaluationLoader:
         """Return this rank's share of the test split, whole images with their truth.
 
         Raises:
@@ -268,9 +268,10 @@ class SegmentationDataModule(LightningDataModule, ABC):
         except ConfigurationError as error:
             raise ConfigurationError(f"data.predict='{self.predict}' is no path; {error}") from error
 
-    def _evaluation_loader(self, images: TaggedImages) -> DataLoader[EvaluationBatch]:
+    def _evaluation_loader(self, images: TaggedImages) -> EvaluationLoader:
         collate = EvaluationCollator(self.num_classes - 1)
-        return self._loader(images, batch_size=1, sampler=self._shares(images), collate_fn=collate)
+        loader = self._loader(images, batch_size=1, sampler=own_rows(len(images)), collate_fn=collate)
+        return EvaluationLoader(loader, collate([]))
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -294,7 +295,3 @@ class SegmentationDataModule(LightningDataModule, ABC):
         masks = self.mask_source(split) if content == "truth" else None
         images = TaggedImages(index, self.image_source(split), masks)
         return usable(images, self.on_bad_image, what=f"split '{split}'", threads=self.num_workers)
-
-    def _shares(self, images: TaggedImages) -> UnpaddedDistributedSampler:
-        rank, world_size = ranks()
-        return UnpaddedDistributedSampler(len(images), rank=rank, world_size=world_size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from vpl_lightning.data.images import Sample, TaggedImages
 from vpl_lightning.data.transforms import RandomView
@@ -103,6 +103,30 @@ class EvaluationCollator:
             mask=[None if mask is None else torch.from_numpy(mask).long() for mask in masks],
             labels=_label_matrix(samples, self.num_labels),
         )
+
+
+class EvaluationLoader:
+    """Whole images as Lightning's loops want a loader: an iterable with a length of at least one.
+
+    A process that has no image gets one batch without any: Lightning stops at a loader without batches, or
+    leaves out the hooks in which the other processes wait for this one.
+
+    Args:
+        loader: This process's images.
+        empty: What :class:`EvaluationCollator` makes of no sample.
+    """
+
+    def __init__(self, loader: DataLoader[EvaluationBatch], empty: EvaluationBatch) -> None:
+        self.loader = loader
+        self.empty = empty
+
+    def __len__(self) -> int:
+        """Count the batches."""
+        return max(1, len(self.loader))
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        """Iterate over the batches."""
+        return iter(self.loader) if len(self.loader) else iter([self.empty])
 
 
 def _image_tensor(sample: Sample) -> UInt8[Tensor, "3 H W"]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from vpl_lightning.data.checks import ranks
+
 
 class UnpaddedDistributedSampler(Sampler[int]):
     """Deals rows out to ranks in turn, in order, without padding: ranks may differ by one row.
@@ -33,6 +35,12 @@ class UnpaddedDistributedSampler(Sampler[int]):
     def __len__(self) -> int:
         """Count this rank's rows."""
         return len(self.rows)
+
+
+def own_rows(length: int) -> UnpaddedDistributedSampler:
+    """Return this process's share of the rows of a data set."""
+    rank, world_size = ranks()
+    return UnpaddedDistributedSampler(length, rank=rank, world_size=world_size)
 
 
 class TrainingSampler(Sampler[int]):
