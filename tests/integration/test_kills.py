@@ -107,3 +107,12 @@ def test_killed_at_random_moments(start, tmp_path: Path, stage: str) -> None:
         assert process.exitcode == 0
         assert products(stage, root) == expected
         assert not list(root.rglob("*.tmp*"))
+
+
+def test_killed_between_the_last_step_and_the_product(start, tmp_path: Path) -> None:
+    start("prototypes", tmp_path).join()
+    expected = products("prototypes", tmp_path)
+    (tmp_path / PRODUCTS["prototypes"]).unlink()
+    start("prototypes", tmp_path).join()
+    assert expected
+    assert products("prototypes", tmp_path) == expected

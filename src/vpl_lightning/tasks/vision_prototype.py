@@ -158,8 +158,8 @@ class VisionPrototypeModule(Localiser):
         self.log("gap", gap, prog_bar=True)
         return value
 
-    def on_train_end(self) -> None:
-        """Write the prototypes."""
+    def on_fit_end(self) -> None:
+        """Write the prototypes, also where the last step was in the checkpoint and no training was left."""
         root = Path(self.trainer.default_root_dir)
         datamodule = self.require_datamodule()
         if self.trainer.is_global_zero and self.trainer.global_step >= self.recipe.steps:
