@@ -23,6 +23,7 @@ from vpl_lightning.cli import main
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists"),  # a stage that is run again
 ]
 WIDE, TALL = (30, 4000), (4000, 10)
 
@@ -147,6 +148,17 @@ def test_voc_masks_are_scored_as_torchmetrics_does(voc: tuple[Path, str], tmp_pa
     assert scores["miou"] == pytest.approx(torchmetrics_miou(masks, truth, 21), abs=1e-6)
     run("evaluate", truth, "--against", truth, "--workers", "1", "--out", tmp_path / "true")
     assert json.loads((tmp_path / "true" / "scores.json").read_text())["miou"] == 1.0
+
+
+def test_a_run_killed_after_the_last_mask_makes_none_again(voc: tuple[Path, str]) -> None:
+    root, config = voc
+    folder = root / "run" / "pseudo_masks"
+    record = json.loads((folder / "manifest.json").read_text())
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    (folder / "manifest.json").write_text(json.dumps({**record, "complete": False}))
+    run("fit", config)
+    assert json.loads((folder / "manifest.json").read_text()) == record
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")} == before
 
 
 def test_voc_test_split_becomes_a_server_archive(voc: tuple[Path, str], tmp_path: Path) -> None:
