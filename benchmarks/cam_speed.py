@@ -55,12 +55,12 @@ class Timing:
     processor_ratio: float
 
 
-def generator(precision: str) -> ClipES:
+def generator(precision: str, device: str = "cpu") -> ClipES:
     """Build a ViT-B/16 with its full-size text tower, random weights, and CLIP-ES with VOC's classes on it."""
     torch.manual_seed(0)
     vision = CLIPVisionCfg(layers=12, width=768, head_width=64, patch_size=16, image_size=224)
     model = CLIP(512, vision, CLIPTextCfg(width=512, heads=8, layers=12), quick_gelu=True)
-    return ClipES(CLIPEncoder(model, precision=precision), "voc")
+    return ClipES(CLIPEncoder(model, precision=precision).to(device), "voc").to(device)
 
 
 def picture(height: int, width: int) -> ImageArray:
