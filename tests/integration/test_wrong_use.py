@@ -104,6 +104,31 @@ def test_every_configuration_parses_and_says_how_to_run_it(
     assert "class_path" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--model.localiser.encoder.checkpoint=null", "checkpoint: null"),
+        ("--model.localiser.encoder={checkpoint: null}", "checkpoint: null"),
+        ("--model.localiser.encoder.quick_gelu=null", "quick_gelu: null"),
+        ("--model.localiser.encoder.checkpoint=other.pt", "checkpoint: other.pt"),
+        ("--model.prediction.folder=null", "folder: null"),
+        ("--data.train_masks=null", "train_masks: null"),
+        (
+            "--model.localiser.generator.options={scales: [1.0, null]}",
+            "scales:\n            - 1.0\n            - null",
+        ),
+    ],
+)
+def test_null_on_the_command_line_is_null(
+    capfd: pytest.CaptureFixture[str], word: str, expected: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={PROJECT / 'configs' / 'voc.yaml'}", word, "--print_config"])
+    printed = capfd.readouterr().out
+    assert expected in printed
+    assert "None" not in printed
+
+
 def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "baselines" in capfd.readouterr().out

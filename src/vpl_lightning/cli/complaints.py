@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
+import json
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -22,12 +24,34 @@ LONGEST = 400
 class BriefParser(LightningArgumentParser):
     """Ends wrong use with exit code 2 and one line, not with the usage of every trainer option."""
 
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        """Parse words; an inner parser gets null back as jsonargparse's ``str()`` of a value has not spelt it."""
+        if args is not None and not self.exit_on_error:
+            args = [restore_null(word) for word in args]
+        return super().parse_args(args, *others, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit; an inner parser leaves that to the outer one, which knows the key."""
         if not self.exit_on_error:
             super().error(message, ex)
         print(f"vpl: error: {distil(message)}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def restore_null(word: str) -> str:
+    """Spell a value of Python, where it is or holds None, as the YAML that it came from.
+
+    jsonargparse hands ``--encoder.checkpoint=null`` on as ``--checkpoint=None``, which YAML takes for a file name.
+
+    Args:
+        word: An option with its value, ``--key=value``.
+    """
+    option, equals, text = word.partition("=")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return word
+    return f"{option}{equals}{json.dumps(value)}" if value is None or isinstance(value, dict | list) else word
 
 
 def distil(message: str) -> str:
