@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.archives import picture, save_palette, save_photo, truncate
+from tests.archives import ORIENTATION, picture, save_palette, save_photo, truncate
+from vpl_lightning.archives.verify import ImageCheck, Rules, check_image
 from vpl_lightning.data.images import ImageFolder, MaskFolder, TaggedImages, read_image
 from vpl_lightning.data.index import Entry, TaggedIndex
 from vpl_lightning.errors import DataError
@@ -50,12 +51,42 @@ def test_damage_is_named(tmp_path):
     save_photo(tmp_path / "cut.jpg", picture(1))
     truncate(tmp_path / "cut.jpg")
     (tmp_path / "empty.jpg").touch()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match=r"float\.tif cannot be decoded \(32 bits a pixel"):
+        read_image(tmp_path / "float.tif")
+    (fault,) = check_image(
+        ImageCheck("float", tmp_path / "float.tif"), rules=Rules(frozenset(), 2, deep=True)
+    )
+    assert fault.kind == "image of wrong format"
     (tmp_path / "text.jpg").write_text("no image")
     for name, reason in {"cut": "truncated", "empty": "cannot identify", "text": "cannot identify"}.items():
         with pytest.raises(DataError, match=rf"{name}\.jpg cannot be decoded .*{reason}"):
             read_image(tmp_path / f"{name}.jpg")
     with pytest.raises(DataError, match=r"gone\.jpg is missing"):
         read_image(tmp_path / "gone.jpg")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "bmp"])
+def test_changed_bytes_give_an_image_or_a_data_error(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    path = tmp_path / f"a.{suffix}"
+    options = {} if suffix == "bmp" else {"exif": exif}
+    Image.fromarray(picture(1)).save(path, **options)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = []
+    for _ in range(150):
+        changed = bytearray(content)
+        for place in rng.integers(0, 200, 3):
+            changed[place] = rng.integers(0, 256)
+        path.write_bytes(changed)
+        try:
+            assert read_image(path, upright=True).dtype == np.uint8
+        except DataError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(path.name in message for message in refused)
 
 
 def test_masks_are_read_as_indices_and_checked(tmp_path):

@@ -1,6 +1,7 @@
 """``vpl prepare``: lists, masks, policies, and the check of every file."""
 
 import json
+import os
 import random
 import shutil
 import tracemalloc
@@ -333,6 +334,17 @@ def test_what_coco_lacks_is_named(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="categories unicorn, which the class set lacks"):
         prepare_coco(str(tmp_path), splits=["train2014"])
+    content["categories"][0]["name"] = "person"
+    for change, reason in {
+        '{"category_id": 7}': "has the unknown category_id 7",
+        '{"image_id": 99}': "has the unknown image_id 99",
+        '{"iscrowd": null}': "lacks iscrowd",
+    }.items():
+        annotation = {**content["annotations"][0], **json.loads(change)}
+        annotation = {key: value for key, value in annotation.items() if value is not None}
+        path.write_text(json.dumps({**content, "annotations": [annotation]}))
+        with pytest.raises(DataError, match=rf"annotation {annotation['id']} {reason}"):
+            prepare_coco(str(tmp_path), splits=["train2014"])
     path.write_text("{}")
     with pytest.raises(DataError, match="is not COCO's instances JSON"):
         prepare_coco(str(tmp_path), splits=["train2014"])
@@ -409,3 +421,5 @@ def test_results_keep_their_order_and_errors_come_back():
     assert list(square) == [abs(number) for number in range(-50, 50)]
     with pytest.raises(DataError, match="no such mask"):
         list(process_files(read_mask, [Path("gone.png")] * 40, total=40, title="", workers=2))
+    with pytest.raises(DataError, match="a helper process was ended from outside"):
+        list(process_files(os._exit, [9] * 40, total=40, title="", workers=2))

@@ -53,7 +53,7 @@ def test_labels_from_files(devkit, tmp_path):
     one_hot = np.zeros((len(labels), 20), np.uint8)
     for row, name in enumerate(labels):
         one_hot[row, labels[name]] = 1
-    np.savez(tmp_path / "labels.npz", ids=np.array(list(labels)), labels=one_hot)
+    np.savez(tmp_path / "labels.npz", ids=np.array(list(labels), "S"), labels=one_hot)
     (tmp_path / "labels.txt").write_text(
         "".join(f"{n} {' '.join(map(str, ls))}\n" for n, ls in labels.items())
     )
@@ -72,11 +72,19 @@ def test_wrong_label_files_are_named(devkit, tmp_path):
     np.savez(tmp_path / "c.npz", ids=np.array(["x"]), labels=np.zeros((1, 80)))
     np.save(tmp_path / "d.npy", np.zeros(3))
     (tmp_path / "e.npz").write_bytes(b"")
+    (tmp_path / "f.txt").write_text("2007_000000 3\n2007_000001 4\n2007_000000 5\n")
+    np.savez(tmp_path / "g.npz", ids=np.array(["x", "x"]), labels=np.zeros((2, 20)))
+    np.savez(tmp_path / "h.npz", ids=np.array(["x"]), labels=np.full((1, 20), 0.3))
+    (tmp_path / "i.csv").write_text("file,tags\n2007_000000.jpg,cat\n2007_000000,dog\n")
     for name, reason in {
         "a.txt": "class ids below 20",
         "b.csv": "'zebra' is no class",
         "c.npz": r"labels has shape \(1, 80\)",
         "e.npz": "cannot be read as arrays",
+        "f.txt": "'2007_000000' comes twice; keep one",
+        "g.npz": "'x' comes twice",
+        "h.npz": "labels must be 0 or 1",
+        "i.csv": "'2007_000000' comes twice",
     }.items():
         with pytest.raises(DataError, match=reason):
             module(root, labels=str(tmp_path / name)).localisation_dataset()

@@ -215,9 +215,12 @@ def test_bad_images_are_named_or_left_out(
     truncate(tmp_path / "photos" / "photo_1.jpg")
     words = ["predict", config, f"--data.predict={tmp_path / 'photos'}"]
     words += [f"--model.prediction.folder={tmp_path / 'out'}"]
-    for policy in ("raise", "list"):
-        assert main([*words, f"--data.on_bad_image={policy}"]) == 1
-        assert "photo_1.jpg" in capsys.readouterr().err.splitlines()[-1]
+    for policy in (("raise", 0), ("raise", 1), ("list", 0)):
+        options = zip(("--data.on_bad_image", "--data.num_workers"), map(str, policy), strict=True)
+        assert main([*words, *map("=".join, options)]) == 1
+        said = capsys.readouterr().err
+        assert "Original Traceback" not in said
+        assert "photo_1.jpg cannot be decoded" in said.splitlines()[-1]
     run(*words, "--data.on_bad_image=skip")
     assert "leaving out 1 of 3 images" in capsys.readouterr().out
     assert set(sizes_of(tmp_path / "out")) == {"photo_0", "photo_2"}

@@ -34,6 +34,8 @@ IMAGE_LAYOUTS = (
 "WeCLIP)."""
 MASK_LAYOUTS = (MASK_FOLDER + "/{split}", MASK_FOLDER + "/{role}", MASK_FOLDER)
 """Where masks of a split are, likewise."""
+IMAGE_KEYS = ("file_name", "height", "width")
+ANNOTATION_KEYS = ("image_id", "category_id", "iscrowd", "area", "segmentation")
 HASH_CHUNK = 1 << 20
 """Bytes hashed at a time."""
 
@@ -111,6 +113,7 @@ class COCOCatalogue:
                 self._coco = COCO(str(path))
             categories = {int(item["id"]): str(item["name"]) for item in self._coco.dataset["categories"]}
             self.images = sorted(self._coco.imgs.values(), key=lambda image: int(image["id"]))
+            self._check(categories)
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise DataError(f"{path} is not COCO's instances JSON: {error!r}; unpack it again") from error
         self.path = path
@@ -121,6 +124,25 @@ class COCOCatalogue:
                 "classes as COCO does"
             )
         self.class_ids = {number: names.index(name) for number, name in categories.items()}
+
+    def _check(self, categories: Mapping[int, str]) -> None:
+        """Look for what every image and annotation must have.
+
+        Raises:
+            ValueError: Naming the first that lacks it.
+        """
+        records = {
+            "image": (self.images, IMAGE_KEYS),
+            "annotation": (self._coco.anns.values(), ANNOTATION_KEYS),
+        }
+        for kind, (items, keys) in records.items():
+            for item in items:
+                if lacking := [key for key in keys if key not in item]:
+                    raise ValueError(f"{kind} {item['id']} lacks {', '.join(lacking)}")
+        for item in self._coco.anns.values():
+            for key, known in (("category_id", categories), ("image_id", self._coco.imgs)):
+                if item[key] not in known:
+                    raise ValueError(f"annotation {item['id']} has the unknown {key} {item[key]}")
 
     def labels(self, image: Mapping[str, Any]) -> list[int]:
         """Return the 0-based classes of an image's objects, ascending; crowds do not count as objects."""

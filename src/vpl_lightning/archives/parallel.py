@@ -7,11 +7,14 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from vpl_lightning.errors import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,6 +36,9 @@ def process_files(
         total: How many there are, for the progress bar.
         title: Shown beside the bar.
         workers: Helper processes; one works in this process, None takes one a core.
+
+    Raises:
+        DataError: If a helper process dies.
     """
     workers = min(workers or os.cpu_count() or 1, -(-total // CHUNK))
     results = map(function, items) if workers <= 1 else _spread(function, items, workers)
@@ -48,7 +54,13 @@ def _spread(function: Callable[[Item], Result], items: Iterable[Item], workers: 
                 waiting.append(pool.submit(_apply, function, chunk))
             if not waiting:
                 return
-            yield from waiting.popleft().result()
+            try:
+                results = waiting.popleft().result()
+            except BrokenProcessPool as error:
+                raise DataError(
+                    "a helper process was ended from outside, often for lack of memory; take fewer --workers"
+                ) from error
+            yield from results
 
 
 def _apply(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,20 @@ FORMATS = {
     ".tiff": ("TIFF",),
 }
 """Image formats that a suffix promises. Phones write MPO, a JPEG with a second picture, as ``.jpg``."""
+
+
+DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's decoders raise on damaged files."""
+WIDE_MODES = ("I", "F")
+"""Modes of Pillow with 32 bits a pixel, which have no range that 8 bits could stand for."""
 
 
 class Fault(NamedTuple):
@@ -156,12 +171,15 @@ def _image_size(check: ImageCheck, rules: Rules) -> tuple[tuple[int, int] | None
             if kind not in FORMATS.get(path.suffix.lower(), (kind,)):
                 detail = f"{path} holds {kind}; rename or convert it"
                 return None, [Fault("image of wrong format", check.id, detail)]
+            if image.mode in WIDE_MODES:
+                detail = f"{path} has 32 bits a pixel; save it with 8 or 16"
+                return None, [Fault("image of wrong format", check.id, detail)]
             image.load()
             turned = ImageOps.exif_transpose(image) if check.upright else image
             return (turned.height, turned.width), []
     except UnidentifiedImageError:
         return None, [Fault("not an image", check.id, f"{path} is no image that can be read")]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         return None, [Fault("image damaged", check.id, f"{path}: {error}")]
 
 

@@ -48,9 +48,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(words, given=args is not None)
     except (ConfigurationError, WeightsError) as error:
-        return _complain(str(error), WRONG_USE)
+        return _complain(reason(error), WRONG_USE)
     except VPLError as error:
-        return _complain(str(error), FAILED)
+        return _complain(reason(error), FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command goes on where this run stopped", FAILED)
 
@@ -65,6 +65,15 @@ def _run(words: list[str], *, given: bool) -> int:
     from vpl_lightning.cli.tools import run_tool
 
     return run_tool(words)
+
+
+def reason(error: VPLError) -> str:
+    """Return an error's message, without the traceback that torch adds to one from a loader's worker."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    kind = type(error)
+    return text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 def _complain(message: str, code: int) -> int:

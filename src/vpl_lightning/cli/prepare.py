@@ -228,9 +228,9 @@ def _voc_lists(base: Path, target: Path, sbd: Path | None, findings: Findings) -
 def _compare_lists(splits: Mapping[str, Sequence[str]], findings: Findings) -> None:
     """Compare lists with the official ones, id by id."""
     for split, ids in splits.items():
-        official = official_voc_ids(split)
-        foreign = [name for name in ids if name not in set(official)]
-        lacking = sorted(set(official) - set(ids))
+        official = set(official_voc_ids(split))
+        foreign = [name for name in ids if name not in official]
+        lacking = sorted(official.difference(ids))
         count = f"{split}: {len(ids):,} of {len(official):,} official images"
         findings.note(f"{count}; a subset, {lacking[0]} is the first that it lacks" if lacking else count)
         findings.faults += [

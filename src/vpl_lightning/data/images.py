@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from vpl_lightning.archives.verify import DECODING_ERRORS, WIDE_MODES
 from vpl_lightning.artifacts import read_mask
 from vpl_lightning.data.index import Entry, TaggedIndex
 from vpl_lightning.errors import DataError
@@ -178,7 +179,7 @@ def read_image(path: Path, *, upright: bool = False) -> ImageArray:
             image.load()
             turned = ImageOps.exif_transpose(image) if upright else image
             return np.array(_rgb(turned))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         raise DataError(
             f"{path} cannot be decoded ({error}); restore it, or set on_bad_image to skip to leave such "
             "images out"
@@ -186,6 +187,8 @@ def read_image(path: Path, *, upright: bool = False) -> ImageArray:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in WIDE_MODES:
+        raise ValueError("32 bits a pixel; save it with 8 or 16")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode.startswith("I;16"):

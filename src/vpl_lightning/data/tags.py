@@ -126,13 +126,15 @@ def read_label_file(path: Path, classes: ClassSet) -> dict[str, list[int]]:
         )
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        return {line.split()[0]: _numbers(line, path, classes) for line in _lines(path)}
+        lines = _lines(path)
+        _refuse_repeated([line.split()[0] for line in lines], path)
+        return {line.split()[0]: _numbers(line, path, classes) for line in lines}
     if suffix == ".npz":
         return _one_hot(path, classes)
     if suffix in (".csv", ".tsv", ".json"):
-        resolver = TagResolver(classes)
-        labels = {}
-        for row in read_tag_rows(path):
+        resolver, rows, labels = TagResolver(classes), read_tag_rows(path), {}
+        _refuse_repeated([Path(row.file).stem for row in rows], path)
+        for row in rows:
             ids, unknown = resolver.resolve(row.tags)
             if unknown:
                 raise DataError(f"{path}: {row.file}: {resolver.explain(unknown[0])}")
@@ -213,20 +215,19 @@ def _lines(path: Path) -> list[str]:
 
 
 def _numbers(line: str, path: Path, classes: ClassSet) -> list[int]:
-    name, *words = line.split()
+    words = line.split()[1:]
     count = len(classes.foreground)
     if not all(word.isdigit() and int(word) < count for word in words):
         raise DataError(
             f"{path}: '{line}': after the id come 0-based class ids below {count} ('{classes.name}')"
         )
-    del name
     return [int(word) for word in words]
 
 
 def _one_hot(path: Path, classes: ClassSet) -> dict[str, list[int]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            ids, matrix = arrays["ids"], arrays["labels"]
+            ids, matrix = arrays["ids"].astype(str), arrays["labels"]
     except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
         raise DataError(f"{path} cannot be read as arrays 'ids' and 'labels': {error}") from error
     if matrix.shape != (len(ids), len(classes.foreground)):
@@ -234,9 +235,17 @@ def _one_hot(path: Path, classes: ClassSet) -> dict[str, list[int]]:
             f"{path}: labels has shape {matrix.shape}; {len(ids)} ids and {len(classes.foreground)} classes "
             f"of '{classes.name}' need {(len(ids), len(classes.foreground))}"
         )
+    if not np.isin(matrix, (0, 1)).all():
+        raise DataError(f"{path}: labels must be 0 or 1; round scores first")
+    _refuse_repeated(ids.tolist(), path)
     return {
         str(name): [int(tag) for tag in np.flatnonzero(row)] for name, row in zip(ids, matrix, strict=True)
     }
+
+
+def _refuse_repeated(ids: list[str], path: Path) -> None:
+    if twice := first_repeated(ids):
+        raise DataError(f"{path}: '{twice}' comes twice; keep one")
 
 
 def _plain(tag: str) -> str:
