@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import cast
 
 from jaxtyping import Float
-from prototypes import capped, command, learn, machine, parse, sources
+from prototypes import capped, command, fit, machine, parse, sources
 from torch import Tensor
 from torch.nn import functional as F
 
 from vpl_lightning.functional.prototypes import PrototypeObjective
 from vpl_lightning.functional.recipe import SolverConfig, solve
 from vpl_lightning.functional.solvers import PrototypeSolver
+from vpl_lightning.tasks import VisionPrototypeModule
 
 REFERENCE = SolverConfig(name="pgd", steps=3000)
 """The paper's."""
@@ -90,7 +91,7 @@ def main() -> None:
     record = []
     for spec, path in zip(specs, args.encoders, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            module = learn(spec, recipe, data, Path(folder))
+            module = fit(VisionPrototypeModule(encoder=spec, recipe=recipe), data, Path(folder))
             objective = cast(PrototypeObjective, module.objective)
             results = compare(objective)
             weight = float(objective.statistics.weight)
