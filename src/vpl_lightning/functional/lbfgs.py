@@ -40,7 +40,7 @@ class SphereLBFGS(PrototypeSolver):
         ConfigurationError: If the memory is not positive.
     """
 
-    def __init__(self, params: Iterable[Tensor], *, memory: int = 20) -> None:
+    def __init__(self, params: Iterable[Tensor], *, memory: int = 40) -> None:
         if memory < 1:
             raise ConfigurationError(f"memory={memory} must be at least 1")
         super().__init__(params, {"memory": memory})

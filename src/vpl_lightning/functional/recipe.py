@@ -64,7 +64,7 @@ class SolverConfig:
     lr_floor: float = 0.0
     projection: Projection = "sphere"
     radius: float = 1.0
-    memory: int = 20
+    memory: int = 40
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
