@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def main() -> None:
     }
     for name in names:
         command = [sys.executable, __file__, *words, "--section", name]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as the command line has it
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         report["sections"][name] = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: done", file=sys.stderr, flush=True)
     text = f"`{report['command']}`\n\n{report['machine']}; medians of {options.rounds} rounds\n\n{table(report)}\n"

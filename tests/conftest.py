@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Before torch is loaded: two workers on two cores must not wait for their threads by spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 from open_clip.model import CLIP
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str], *, given: bool) -> int:
+    # Threads that wait should sleep: spinning, they slow each other down several times on cores that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if words[0] in TRAINER_COMMANDS:
         sys.path.append(str(Path.cwd()))  # classes and factories that a configuration names may lie here
         from vpl_lightning.cli.lightning import run_trainer
