@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import random
 import resource
@@ -32,10 +33,10 @@ from statistics import median
 
 import numpy as np
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from vpl_baselines.clip_es import ClipES
 
 from vpl_lightning.clip import CLIPEncoder
+from vpl_lightning.clip.model import CLIP, TowerSize
 from vpl_lightning.structures import ImageArray
 
 FLOOR = "floor"
@@ -58,8 +59,20 @@ class Timing:
 def generator(precision: str, device: str = "cpu") -> ClipES:
     """Build a ViT-B/16 with its full-size text tower, random weights, and CLIP-ES with VOC's classes on it."""
     torch.manual_seed(0)
-    vision = CLIPVisionCfg(layers=12, width=768, head_width=64, patch_size=16, image_size=224)
-    model = CLIP(512, vision, CLIPTextCfg(width=512, heads=8, layers=12), quick_gelu=True)
+    model = CLIP(
+        vision=TowerSize(width=768, heads=12, layers=12, hidden=3072),
+        text=TowerSize(width=512, heads=8, layers=12, hidden=2048),
+        patch_size=16,
+        native_patches=14 * 14,
+        context_length=77,
+        vocabulary=49408,
+        joint_width=512,
+        quick_gelu=True,
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.ndim and "ln_" not in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    torch.nn.init.constant_(model.logit_scale, math.log(100))
     return ClipES(CLIPEncoder(model, precision=precision).to(device), "voc").to(device)
 
 

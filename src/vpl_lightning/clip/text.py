@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,14 +26,25 @@ TEXTS_AT_ONCE = 16
 
 
 def default_tokenizer(model: Any) -> Tokenizer:
-    """Return open_clip's byte-pair tokenizer, which is OpenAI's, at the context length of a model."""
-    from open_clip.tokenizer import SimpleTokenizer
+    """Return open_clip's byte-pair tokenizer, which is OpenAI's, at the context length of a model.
 
+    Its module is read by itself: the package would bring torchvision and timm, a quarter of a gigabyte.
+    """
     length = getattr(model, "context_length", None)
-    tokenizer: Tokenizer = SimpleTokenizer(
+    tokenizer: Tokenizer = _tokenizer_module().SimpleTokenizer(
         context_length=int(model.positional_embedding.shape[0] if length is None else length)
     )
     return tokenizer
+
+
+@cache
+def _tokenizer_module() -> Any:
+    package = cast(ModuleSpec, find_spec("open_clip"))
+    folder = Path(next(iter(package.submodule_search_locations or ())))
+    loader = SourceFileLoader("_open_clip_tokenizer", str(folder / "tokenizer.py"))
+    module = module_from_spec(cast(ModuleSpec, spec_from_loader(loader.name, loader)))
+    loader.exec_module(module)
+    return module
 
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Int[Tensor, "texts context"]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vpl_lightning.clip.checkpoints import Checkpoint, read_checkpoint
+from vpl_lightning.clip.model import CLIP, TowerSize
 from vpl_lightning.errors import WeightsError
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_clip.safetensors"
@@ -44,8 +45,8 @@ def load_checkpoint(
     quick_gelu: bool | None = None,
     heads: int | None = None,
     text_heads: int | None = None,
-) -> Any:
-    """Build an open_clip CLIP from a local file and load it strictly.
+) -> CLIP:
+    """Build a CLIP from a local file and load it strictly.
 
     Args:
         path: See :func:`read_checkpoint`.
@@ -59,7 +60,7 @@ def load_checkpoint(
     """
     checkpoint = read_checkpoint(path)
     activation = _activation(checkpoint, quick_gelu)
-    model: Any = _build(
+    model = _build(
         checkpoint,
         activation,
         heads=heads or checkpoint.vision_heads,
@@ -67,7 +68,6 @@ def load_checkpoint(
     )
     _check(checkpoint, model)
     model.load_state_dict(checkpoint.state, assign=True)
-    model.attn_mask = model.attn_mask.new_full(model.attn_mask.shape, -math.inf, device="cpu").triu(1)
     model.visual.image_mean = checkpoint.statistics.get("mean")
     model.visual.image_std = checkpoint.statistics.get("std")
     return model
@@ -176,14 +176,11 @@ def _activation(checkpoint: Checkpoint, asked: bool | None) -> bool:
     return bool(told if asked is None else asked)
 
 
-def _build(checkpoint: Checkpoint, quick_gelu: bool, *, heads: int | None, text_heads: int | None) -> Any:
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
+def _build(checkpoint: Checkpoint, quick_gelu: bool, *, heads: int | None, text_heads: int | None) -> CLIP:
     path, state = checkpoint.path, checkpoint.state
     shapes = _core_shapes(checkpoint)
     width, _, patch, _ = shapes["visual.conv1.weight"]
     text_width = shapes["ln_final.weight"][0]
-    side = math.isqrt(shapes["visual.positional_embedding"][0] - 1)
     heads = heads or max(1, width // HEAD_WIDTH)
     text_heads = text_heads or max(1, text_width // HEAD_WIDTH)
     for name, size, count in (("heads", width, heads), ("text_heads", text_width, text_heads)):
@@ -193,23 +190,23 @@ def _build(checkpoint: Checkpoint, quick_gelu: bool, *, heads: int | None, text_
             )
     with torch.device("meta"):  # the file's tensors become the parameters: no second copy, no random numbers
         return CLIP(
-            embed_dim=shapes["text_projection"][1],
-            vision_cfg=CLIPVisionCfg(
-                layers=_blocks(state, "visual.transformer"),
+            vision=TowerSize(
                 width=width,
-                head_width=width // heads,
-                mlp_ratio=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0] / width,
-                patch_size=patch,
-                image_size=patch * side,
+                heads=heads,
+                layers=_blocks(state, "visual.transformer"),
+                hidden=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
             ),
-            text_cfg=CLIPTextCfg(
-                context_length=shapes["positional_embedding"][0],
-                vocab_size=shapes["token_embedding.weight"][0],
+            text=TowerSize(
                 width=text_width,
                 heads=text_heads,
                 layers=_blocks(state, "transformer"),
-                mlp_ratio=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0] / text_width,
+                hidden=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
             ),
+            patch_size=patch,
+            native_patches=shapes["visual.positional_embedding"][0] - 1,
+            context_length=shapes["positional_embedding"][0],
+            vocabulary=shapes["token_embedding.weight"][0],
+            joint_width=shapes["text_projection"][1],
             quick_gelu=quick_gelu,
         )
 

@@ -154,13 +154,20 @@ def trace_block(
     return BlockTrace(inputs, normed, query, key, value, attention, mixed, middle, hidden, outputs)
 
 
-def forward_block(inputs: Float[Tensor, "B T V"], block: BlockWeights) -> Float[Tensor, "B T V"]:
+def forward_block(
+    inputs: Float[Tensor, "B T V"], block: BlockWeights, *, causal: bool = False
+) -> Float[Tensor, "B T V"]:
     """Run one block without keeping its attention.
 
     The residual stream and the norms stay float32; products run in the type of the block's matrices.
+
+    Args:
+        inputs: Residual stream before the block.
+        block: Weights of the block.
+        causal: A token attends to itself and those before it alone, as in the text tower.
     """
     query, key, value = _heads(inputs, block)
-    return _finish(inputs, F.scaled_dot_product_attention(query, key, value), block)
+    return _finish(inputs, F.scaled_dot_product_attention(query, key, value, is_causal=causal), block)
 
 
 def forward_block_with_attention(
