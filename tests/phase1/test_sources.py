@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tests.phase1.conftest import make_objective
 from vpl_lightning import VPLPlugin
 from vpl_lightning.artifacts import read_prototypes
+from vpl_lightning.clip import CLIPEncoder
 from vpl_lightning.data import ShapesDataModule
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional.columns import Columns
@@ -110,7 +111,8 @@ def test_prompts_are_one_setting(tmp_path: Path) -> None:
     single = fit(PrototypeRecipe(source="text"), tmp_path / "single")
     ensemble = fit(PrototypeRecipe(source="text"), tmp_path / "ensemble", ENSEMBLE)
     names = (*single.classes.prompts, *single.classes.background)
-    texts = [single.encoder.encode_text([template.format(name) for name in names]) for template in ENSEMBLE]
+    encoder = CLIPEncoder.embedded()
+    texts = [encoder.encode_text([template.format(name) for name in names]) for template in ENSEMBLE]
     torch.testing.assert_close(single.prototypes, texts[0])
     torch.testing.assert_close(ensemble.prototypes, F.normalize(texts[0] + texts[1], dim=-1))
 

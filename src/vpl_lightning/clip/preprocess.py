@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 ResizedArray = UInt8[np.ndarray, "Hp Wp 3"]
 """An image whose sides are multiples of the patch size."""
+
+
+def pixel_statistics(visual: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation that a vision tower carries, else those of OpenAI's CLIP."""
+    mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
+    return tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD)
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:

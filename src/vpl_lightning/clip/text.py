@@ -21,7 +21,7 @@ from vpl_lightning.errors import ConfigurationError
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts to ``(texts, context length)`` token ids."""
 
-TEXTS_AT_ONCE = 16
+TEXTS_AT_ONCE = 8
 """Texts in one pass of the text tower: bounds the memory of 80 templates times 100 classes."""
 
 
@@ -99,6 +99,21 @@ def embed_texts(
     parts = (tokens[start : start + TEXTS_AT_ONCE] for start in range(0, len(tokens), TEXTS_AT_ONCE))
     rows = [model.encode_text(part).float() for part in parts]
     return F.normalize(torch.cat(rows), dim=-1)
+
+
+def drop_tower(model: Any) -> None:
+    """Free all that a CLIP object has beside its vision tower and its logits' scale and bias."""
+    for name in [name for name, _ in model.named_children() if name != "visual"]:
+        delattr(model, name)
+    for name in [name for name, _ in model.named_parameters(recurse=False) if not name.startswith("logit")]:
+        setattr(model, name, None)
+
+
+def refuse(texts: list[str]) -> Tensor:
+    """Stand in for the tokenizer of a tower that was dropped."""
+    raise ConfigurationError(
+        f"{texts[0]!r} cannot be encoded: the text tower was dropped to save memory; encode texts before that"
+    )
 
 
 def fill_templates(classes: ClassSet) -> list[str]:

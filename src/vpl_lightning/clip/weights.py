@@ -128,7 +128,7 @@ def fingerprint(state: Mapping[str, Tensor], settings: str) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().float().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 

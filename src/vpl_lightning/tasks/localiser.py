@@ -107,6 +107,7 @@ class Localiser(SegmentationTask):
                 )
             return
         self.hold(generator=self.generator_spec.build(self.encoder, classes))
+        self.encoder.drop_text()
         self.classes = classes
         self.columns = Columns(
             len(classes.foreground), len(classes.background), self.recipe.targets.background
