@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prototypes import command
 
 
 def arguments() -> argparse.Namespace:
@@ -72,15 +73,15 @@ def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--section"]
     names = options.only or ["maps", "step", "store", "masks", "refiners"]
     report: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/speed.py", *words]),
+        "command": command(sys.argv),
         "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {options.device}",
         "sections": {},
     }
     for name in names:
-        command = [sys.executable, __file__, *words, "--section", name]
+        section = [sys.executable, __file__, *words, "--section", name]
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as the command line has it
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        done = subprocess.run(section, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         report["sections"][name] = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: done", file=sys.stderr, flush=True)
     text = f"`{report['command']}`\n\n{report['machine']}; medians of {options.rounds} rounds\n\n{table(report)}\n"
