@@ -29,7 +29,7 @@ from vpl_lightning.tasks import VisionPrototypeModule
 
 REFERENCE = SolverConfig(name="pgd", steps=3000)
 """The paper's."""
-OTHERS = (SolverConfig(name="pgd", steps=300), SolverConfig(name="lbfgs", steps=60))
+OTHERS = (SolverConfig(name="pgd", steps=300), SolverConfig(name="lbfgs", steps=80))
 SLACK = 1e-6
 """Nats above the reference that count as reached: what float32 products can resolve."""
 
