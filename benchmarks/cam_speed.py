@@ -73,7 +73,9 @@ def generator(precision: str, device: str = "cpu") -> ClipES:
         if parameter.ndim and "ln_" not in name:
             torch.nn.init.normal_(parameter, std=0.02)
     torch.nn.init.constant_(model.logit_scale, math.log(100))
-    return ClipES(CLIPEncoder(model, precision=precision).to(device), "voc").to(device)
+    clip_es = ClipES(CLIPEncoder(model, precision=precision).to(device), "voc").to(device)
+    clip_es.encoder.drop_text()  # as a run does
+    return clip_es
 
 
 def picture(height: int, width: int) -> ImageArray:
