@@ -18,7 +18,6 @@ from PIL import Image
 from vpl_baselines.clip_es import ClipES
 
 from vpl_lightning.artifacts import read_clip_es, write_clip_es, write_mask
-from vpl_lightning.data import VOCDataModule
 from vpl_lightning.functional.columns import Columns
 from vpl_lightning.functional.recipe import PrototypeRecipe
 from vpl_lightning.functional.targets import Selected
@@ -198,6 +197,8 @@ def _stream(generator: ClipES, photos: Sequence[Photo], folder: Path, config: Ma
 def _photographs(options: argparse.Namespace) -> list[Photo]:
     """Tagged photographs of a data set, or smooth noise with one to three tags."""
     if options.root:
+        from vpl_lightning.data import VOCDataModule  # brings Lightning, which no other section needs
+
         photos = VOCDataModule(options.root).localisation_dataset("train")
         samples = (photos[row] for row in range(options.images))
         return [(sample["id"], sample["image"], list(sample["labels"])) for sample in samples]

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vpl_lightning.functional.columns import Columns
-from vpl_lightning.functional.prototypes import ObjectiveConfig, PixelChunk, PrototypeObjective
+from vpl_lightning.functional.prototypes import ObjectiveConfig, PrototypeObjective
 from vpl_lightning.functional.statistics import Statistics
+from vpl_lightning.functional.sweep import PixelChunk
 from vpl_lightning.functional.targets import Selected
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,6 +171,22 @@ def test_chunks_do_not_matter(clusters) -> None:
     for other in found[1:]:
         assert other.value == pytest.approx(found[0].value, rel=1e-13)
         torch.testing.assert_close(other.gradient, found[0].gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_threads_do_not_matter_and_stay_as_many(clusters) -> None:
+    before = torch.get_num_threads()
+    objective = make_objective(clusters.parts(), Columns(5, 2), clusters.text, chunk_images=1)
+    found = {}
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found[threads] = objective.evaluate(clusters.text.double())
+            with ThreadPoolExecutor(1) as pool:
+                assert {torch.get_num_threads(), pool.submit(torch.get_num_threads).result()} == {threads}
+    finally:
+        torch.set_num_threads(before)
+    assert found[1].value == found[3].value
+    assert torch.equal(found[1].gradient, found[3].gradient)
 
 
 def test_images_of_few_samples_are_summed_by_chunk(clusters) -> None:

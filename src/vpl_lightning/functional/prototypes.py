@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from vpl_lightning.errors import ConfigurationError, DataError
 from vpl_lightning.functional.columns import Columns
 from vpl_lightning.functional.statistics import AllReduce, Statistics
+from vpl_lightning.functional.sweep import PixelChunk, Sweep
 
 Init = Literal["text", "masked_mean", "zeros", "random"]
 
@@ -58,17 +59,6 @@ class ObjectiveConfig:
                 raise ConfigurationError(
                     f"objective.{key}={getattr(self, key)!r}: choose one of {', '.join(known)}"
                 )
-
-
-class PixelChunk(NamedTuple):
-    """All samples of some images, as the objective reads them."""
-
-    features: Float[Tensor, "Q D"]
-    weights: Float[Tensor, " Q"]
-    images: Int[Tensor, " Q"]
-    """Row of ``allowed`` that belongs to each sample, ascending."""
-    allowed: Bool[Tensor, "images R"]
-    """Prototypes of each image's own classes and of the background."""
 
 
 class Evaluation(NamedTuple):
@@ -129,7 +119,7 @@ class PrototypeObjective:
         self._world_size = world_size
         self.text = text.double()
         """Text prototypes of the rows."""
-        self._workspace = _Workspace()
+        self._sweep = Sweep()
         self._by_image = bool(
             self.statistics.region_counts.sum() >= SAMPLES_WORTH_A_PRODUCT * self.statistics.images
         )
@@ -173,7 +163,7 @@ class PrototypeObjective:
         tau, weight = self.config.tau_image, self.statistics.weight.to(exact.device)
         local = Statistics(*(part.to(exact.device) for part in self._local.tensors().values()))
         offsets = self.columns.offsets.to(exact.device)
-        sums, log_sums = self._workspace.sweep(
+        sums, log_sums = self._sweep(
             self._chunks(),
             prototypes.float() / tau,
             offsets,
@@ -209,62 +199,6 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0], None
-
-
-class _Workspace:
-    """The two products of each chunk, in buffers that are kept between passes."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def sweep(
-        self,
-        chunks: Iterable[PixelChunk],
-        scaled: Tensor,
-        offsets: Tensor,
-        *,
-        restrict: bool,
-        by_image: bool,
-    ) -> tuple[Float[Tensor, "R D"], Float[Tensor, ""]]:
-        """Return the weighted sums of ``probabilities.T @ features`` and of the log partition functions.
-
-        Args:
-            chunks: The samples.
-            scaled: Prototypes over the temperature, float32.
-            offsets: Added to the logits.
-            restrict: Leave out what ``allowed`` leaves out.
-            by_image: One second product an image instead of one a chunk.
-        """
-        sums = torch.zeros_like(scaled, dtype=torch.float64)
-        log_sums = torch.zeros((), dtype=torch.float64, device=scaled.device)
-        shifted = bool(offsets.any())
-        for chunk in chunks:
-            count = len(chunk.features)
-            features = self._get("features", (count, scaled.shape[1]), scaled).copy_(chunk.features)
-            logits = self._get("logits", (count, scaled.shape[0]), scaled)
-            torch.mm(features, scaled.T, out=logits)
-            if shifted:
-                logits.add_(offsets)
-            if restrict:
-                logits.masked_fill_(~chunk.allowed[chunk.images].to(scaled.device), -torch.inf)
-            weights = chunk.weights.to(scaled.device)
-            highest = logits.amax(-1, keepdim=True)
-            total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
-            log_sums += (total.log() + highest)[:, 0].double() @ weights.double()
-            logits.mul_(weights[:, None] / total)
-            part, start = self._get("part", (scaled.shape[0], scaled.shape[1]), scaled), 0
-            for size in torch.bincount(chunk.images).tolist() if by_image else [count]:
-                rows = slice(start, start + size)
-                sums += torch.mm(logits[rows].T, features[rows], out=part)
-                start += size
-        return sums, log_sums
-
-    def _get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        size = shape[0] * shape[1]
-        if buffer is None or buffer.numel() < size or buffer.device != like.device:
-            buffer = self._buffers[name] = torch.empty(size, dtype=torch.float32, device=like.device)
-        return buffer[:size].view(shape)
 
 
 def class_level_term(

@@ -8,8 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from vpl_lightning.functional.prototypes import PixelChunk
 from vpl_lightning.functional.statistics import Statistics
+from vpl_lightning.functional.sweep import PixelChunk
 from vpl_lightning.functional.targets import Selected
 from vpl_lightning.store.samples import LabelledChunk, SampleSource, no_targets, owners, rows_a_chunk, runs
 

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vpl_lightning.errors import ConfigurationError
-from vpl_lightning.functional.prototypes import PixelChunk
 from vpl_lightning.functional.statistics import Statistics
+from vpl_lightning.functional.sweep import PixelChunk
 from vpl_lightning.functional.targets import Selected
 from vpl_lightning.store.samples import LabelledChunk, SampleSource, owners, rows_a_chunk, runs
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vpl_lightning.errors import ConfigurationError
 from vpl_lightning.functional.columns import Columns
-from vpl_lightning.functional.prototypes import PixelChunk, PrototypeObjective
+from vpl_lightning.functional.prototypes import PrototypeObjective
 from vpl_lightning.functional.recipe import PrototypeRecipe
 from vpl_lightning.functional.statistics import AllReduce, Statistics
+from vpl_lightning.functional.sweep import PixelChunk
 from vpl_lightning.functional.targets import Selected
 
 CHUNK_BYTES = 8 * 2**20

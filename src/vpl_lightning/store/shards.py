@@ -16,8 +16,8 @@ from torch import Tensor
 from vpl_lightning.artifacts.atomic import atomic_write, remove_leftovers
 from vpl_lightning.artifacts.fingerprint import Manifest, fingerprint
 from vpl_lightning.errors import ConfigurationError, DataError
-from vpl_lightning.functional.prototypes import PixelChunk
 from vpl_lightning.functional.statistics import Statistics
+from vpl_lightning.functional.sweep import PixelChunk
 from vpl_lightning.functional.targets import Selected
 from vpl_lightning.store.samples import LabelledChunk, SampleSource, no_targets, owners, rows_a_chunk, runs
 
