@@ -30,6 +30,9 @@ from vpl_lightning.masks import MaskConfig, make_mask
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Variables by which libraries are told to use one thread; there is a process a core already."""
 
+NICENESS = 19
+"""Of the workers: on a CPU they take the time that the encoder's threads leave, and all of it when these wait."""
+
 
 class MaskJob(NamedTuple):
     """One image and its maps, as small as they can travel."""
@@ -136,6 +139,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
     serve(MaskWriter.from_json(json.loads(sys.argv[1])), sys.stdin.buffer, answers)
 
 
