@@ -17,7 +17,7 @@ AllReduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks and returns it."""
 
 
-CURVATURE_RIDGE = 0.3
+CURVATURE_RIDGE = 3.0
 """Added to the second moments of the features, whose mean eigenvalue is one."""
 MASS_RIDGE = 0.2
 """Added to the mass of the targets of each class, whose mean is one."""
