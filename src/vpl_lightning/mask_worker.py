@@ -30,8 +30,8 @@ from vpl_lightning.masks import MaskConfig, make_mask
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Variables by which libraries are told to use one thread; there is a process a core already."""
 
-NICENESS = 19
-"""Of the workers: on a CPU they take the time that the encoder's threads leave, and all of it when these wait."""
+NICENESS = 5
+"""Of the workers, so that on a CPU the encoder's threads go first; little, since others may share the machine."""
 
 
 class MaskJob(NamedTuple):
