@@ -117,7 +117,7 @@ def test_curvature_saves_passes() -> None:
     data = many_classes(800)
     statistics = make_objective(data.parts(), Columns(20, 0), data.text).statistics
     x, mass = data.features.double(), data.targets.double().sum(0)
-    moments = x.T @ x * 64 / x.square().sum() + 0.3 * torch.eye(64)
+    moments = x.T @ x * 64 / x.square().sum() + 3.0 * torch.eye(64)
     expected = torch.linalg.solve(moments, data.text.double().T).T / (mass / mass.mean() + 0.2)[:, None]
     torch.testing.assert_close(
         statistics.curvature().divide(data.text.double()), expected, rtol=1e-4, atol=1e-4
