@@ -37,9 +37,10 @@ def masks(options: argparse.Namespace) -> list[Row]:
     photos = _photographs(options)
     quarter, half, whole = (Job(_stream, len(photos) // share) for share in (4, 2, 1))
     passes, released = Job(_two_passes, len(photos)), Job(_two_passes, len(photos), gradient="autograd")
-    jobs = [quarter, half, whole, passes, released]
+    streams = [whole]
     if options.device == "cpu":
-        jobs.append(Job(_stream, len(photos), precision="bfloat16"))
+        streams.append(Job(_stream, len(photos), precision="bfloat16"))
+    jobs = [quarter, half, whole, passes, released, *streams[1:]]
     generators: dict[str, ClipES] = {}
     costs: dict[Job, list[Cost]] = {job: [] for job in jobs}
     for _ in range(options.rounds):
@@ -58,11 +59,11 @@ def masks(options: argparse.Namespace) -> list[Row]:
         )
         for job in jobs
     ]
-    three = zip(seconds[quarter], seconds[half], seconds[whole], strict=True)
-    growth = median((all_ - two) / (two - one) for one, two, all_ in three)
+    sizes = zip(seconds[quarter], seconds[half], seconds[whole], strict=True)
+    growth = median((four - two) / (two - one) for one, two, four in sizes)
     rows.append(Row("half to all images", 0.0, growth, "a quarter to half"))
     for job in (passes, released):
-        for stream in [whole, *jobs[5:]]:
+        for stream in streams:
             rows.append(Row(job.name, 0.0, ratio_of(seconds[job], seconds[stream]), stream.name))
     if options.device == "cpu":
         least = [cost.processor / options.threads for cost in costs[passes]]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+
+import cam_speed
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,8 @@ class Row:
 
 def interleaved(functions: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Return seconds of each function in each round, in a new order each; a first round does not count."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    order, shuffle = list(range(len(functions))), random.Random(0).shuffle
-    for number in range(rounds + 1):
-        shuffle(order)
-        for index in order:
-            begun = time.perf_counter()
-            functions[index]()
-            if number:
-                seconds[index].append(time.perf_counter() - begun)
-    return seconds
+    seconds = cam_speed.measure({str(index): work for index, work in enumerate(functions)}, rounds)
+    return [[wall for wall, _ in own] for own in seconds.values()]
 
 
 def ratio_of(own: Sequence[float], floor: Sequence[float]) -> float:
