@@ -3,9 +3,9 @@
     python benchmarks/cam_speed.py --threads 2 --rounds 9 --json cam_speed.json
 
 The model is a ViT-B/16 with random weights: the arithmetic does not depend on them, the maps mean nothing.
-The floor embeds the image and runs all twelve blocks with torch's fused attention and nothing kept. A whole
-image is everything from decoded pixels to maps at image size: resize, blocks, last block, channel weights,
-affinity, boxes, upsampling.
+The floor embeds the image and runs all twelve blocks with torch's fused attention and nothing kept; beside it
+stands the same by torch's own modules, as other codes do it. A whole image is everything from decoded pixels to
+maps at image size: resize, blocks, last block, channel weights, affinity, boxes, upsampling.
 
 Every round runs each case once, in a new order, so that a busy machine slows all of them alike; ratios are
 taken within a round and the median over rounds is shown, by the clock on the wall and by processor time.
@@ -33,7 +33,9 @@ from statistics import median
 
 import numpy as np
 import torch
+from module_forward import ModuleEncoder
 from vpl_baselines.clip_es import ClipES
+from vpl_baselines.clip_es.adapter import Gradient
 
 from vpl_lightning.clip import CLIPEncoder
 from vpl_lightning.clip.model import CLIP, TowerSize
@@ -56,8 +58,11 @@ class Timing:
     processor_ratio: float
 
 
-def generator(precision: str, device: str = "cpu") -> ClipES:
-    """Build a ViT-B/16 with its full-size text tower, random weights, and CLIP-ES with VOC's classes on it."""
+def generator(precision: str, device: str = "cpu", *, modules: bool = False) -> ClipES:
+    """Build a ViT-B/16 with its full-size text tower, random weights, and CLIP-ES with VOC's classes on it.
+
+    With ``modules`` as CLIP-ES does it: torch's own modules, and a backward pass a class.
+    """
     torch.manual_seed(0)
     model = CLIP(
         vision=TowerSize(width=768, heads=12, layers=12, hidden=3072),
@@ -73,7 +78,9 @@ def generator(precision: str, device: str = "cpu") -> ClipES:
         if parameter.ndim and "ln_" not in name:
             torch.nn.init.normal_(parameter, std=0.02)
     torch.nn.init.constant_(model.logit_scale, math.log(100))
-    clip_es = ClipES(CLIPEncoder(model, precision=precision).to(device), "voc").to(device)
+    kind = ModuleEncoder if modules else CLIPEncoder
+    gradient: Gradient = "autograd" if modules else "closed_form"
+    clip_es = ClipES(kind(model, precision=precision), "voc", gradient=gradient).to(device)
     clip_es.encoder.drop_text()  # as a run does
     return clip_es
 
@@ -86,7 +93,11 @@ def cases(clip_es: ClipES, image: ImageArray, classes: Sequence[int]) -> dict[st
     """Return what is timed, by name."""
     encoder = clip_es.encoder
     pixels = encoder.normalise(encoder.resize(image)[None])
-    found: dict[str, Callable[[], object]] = {FLOOR: lambda: encoder.encode_image(pixels)}
+    by_modules = ModuleEncoder(encoder.model)
+    found: dict[str, Callable[[], object]] = {
+        FLOOR: lambda: encoder.encode_image(pixels),
+        "floor by modules": lambda: by_modules.encode_image(pixels),
+    }
     for count in classes:
         labels = list(range(count))
         found[f"{count} classes"] = lambda labels=labels: clip_es.generate(image, labels).refined

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from prototypes import command
 
+from vpl_lightning.cli.main import ENVIRONMENT
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -80,7 +82,7 @@ def main() -> None:
     }
     for name in names:
         section = [sys.executable, __file__, *words, "--section", name]
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as the command line has it
+        environment = {**ENVIRONMENT, **os.environ}
         done = subprocess.run(section, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         report["sections"][name] = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: done", file=sys.stderr, flush=True)

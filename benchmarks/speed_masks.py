@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 from speed_timing import Row, interleaved, ratio_of
 from vpl_baselines.clip_es import ClipES
-from vpl_baselines.clip_es.adapter import Gradient
 
 from vpl_lightning.artifacts import read_clip_es, write_clip_es, write_mask
 from vpl_lightning.mask_stream import PseudoMaskStream
@@ -29,26 +28,27 @@ Photo = tuple[str, ImageArray, list[int]]
 def masks(options: argparse.Namespace) -> list[Row]:
     """Time pseudo-masks as a stream, of a quarter, a half and all images, and as two passes in sequence.
 
-    Two passes run with the stream's own maps, and as CLIP-ES has them, by a backward pass a class. A stream
+    Two passes run with the stream's own maps, and as CLIP-ES has them: torch's modules and a backward pass a
+    class, then half-precision maps at image size on the disk. A stream
     starts its processes first, so that its growth is told by the differences. No schedule beats the processor
     time of the two passes, spread evenly over the cores: the last line says what is left to gain. On a CPU the
     stream also runs with the frozen blocks in bfloat16, which pays where the processor multiplies it.
     """
     photos = _photographs(options)
     quarter, half, whole = (Job(_stream, len(photos) // share) for share in (4, 2, 1))
-    passes, released = Job(_two_passes, len(photos)), Job(_two_passes, len(photos), gradient="autograd")
+    passes, released = Job(_two_passes, len(photos)), Job(_two_passes, len(photos), modules=True)
     streams = [whole]
     if options.device == "cpu":
         streams.append(Job(_stream, len(photos), precision="bfloat16"))
     jobs = [quarter, half, whole, passes, released, *streams[1:]]
-    generators: dict[str, ClipES] = {}
+    generators: dict[tuple[str, bool], ClipES] = {}
     costs: dict[Job, list[Cost]] = {job: [] for job in jobs}
     for _ in range(options.rounds):
         for job in jobs:
-            if job.precision not in generators:
-                generators[job.precision] = cam_speed.generator(job.precision, options.device)
-            generators[job.precision].gradient = job.gradient
-            costs[job].append(_cost(job, generators[job.precision], photos, options.scratch))
+            kind = (job.precision, job.modules)
+            if kind not in generators:
+                generators[kind] = cam_speed.generator(job.precision, options.device, modules=job.modules)
+            costs[job].append(_cost(job, generators[kind], photos, options.scratch))
     seconds = {job: [cost.seconds for cost in costs[job]] for job in jobs}
     rows = [
         Row(
@@ -94,14 +94,14 @@ class Job:
 
     work: Callable[[ClipES, Sequence[Photo], Path], None]
     images: int
-    gradient: Gradient = "closed_form"
+    modules: bool = False
     precision: str = "float32"
 
     @property
     def name(self) -> str:
         """Name in the table."""
         name = f"{self.work.__name__.strip('_').replace('_', ' ')}, {self.images} images"
-        name += ", by autograd" if self.gradient == "autograd" else ""
+        name += " as CLIP-ES" if self.modules else ""
         return name + (f", {self.precision}" if self.precision != "float32" else "")
 
 

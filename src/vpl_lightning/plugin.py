@@ -19,6 +19,7 @@ from vpl_lightning.artifacts.atomic import atomic_write
 from vpl_lightning.errors import ConfigurationError, DataError
 from vpl_lightning.functional import vit
 from vpl_lightning.functional.columns import Columns
+from vpl_lightning.functional.linear import linear
 from vpl_lightning.functional.recipe import PrototypeRecipe, Solution, solve
 from vpl_lightning.functional.solvers import PrototypeSolver
 from vpl_lightning.functional.targets import Selected, inverse_class_frequency, select_pixels
@@ -256,8 +257,8 @@ class VPLPlugin:
         block, kind = self._block, self.recipe.features
         if kind == "value":
             normed = vit.layer_norm(tokens, block.norm_1)
-            value = F.linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)[2]
-            tokens = F.linear(value, block.out_weight, block.out_bias)
+            value = linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)[2]
+            tokens = linear(value, block.out_weight, block.out_bias)
         elif kind == "final":
             tokens = vit.trace_block(tokens, block).outputs
         return vit.dense_features(tokens, self._head)[0]

@@ -22,6 +22,14 @@ TOOL_COMMANDS = {
 }
 WRONG_USE, FAILED = 2, 1
 
+ENVIRONMENT = {
+    # Threads that wait should sleep: spinning, they slow each other down several times on cores that others use too.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Temporary arrays in pages of 2 MB: an image's would be tens of thousands of 4 kB, each paid for at first touch.
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""What torch should find in the environment; a user's own values go first."""
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -57,8 +65,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str], *, given: bool) -> int:
-    # Threads that wait should sleep: spinning, they slow each other down several times on cores that others use too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if words[0] in TRAINER_COMMANDS:
         sys.path.append(str(Path.cwd()))  # classes and factories that a configuration names may lie here
         from vpl_lightning.cli.lightning import run_trainer

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from vpl_lightning.functional.linear import linear
 from vpl_lightning.functional.vit import (
     BlockTrace,
     BlockWeights,
@@ -171,7 +172,7 @@ def _class_free(
     unit, spread = _take(unit, rows), _take(spread, rows)
     middle, middle_spread = _standardise(part.middle[:, 1:], block.norm_2.eps)
     slope = activation_slope(part.hidden[:, 1:], block.activation).div_(spread)
-    return _ClassFree(unit, spread, unit @ block.proj_weight, slope, middle, middle_spread, part)
+    return _ClassFree(unit, spread, linear(unit, block.proj_weight.T), slope, middle, middle_spread, part)
 
 
 def _take(value: Tensor, rows: Sequence[int]) -> Tensor:
@@ -242,7 +243,7 @@ def _residual_gradient(
     own = (centred @ block.proj_weight)[:, :, None]
     inner = torch.addcmul(own, share, shared.through[:, None], value=-1).mul_(shared.slope[:, None])
     back = _norm_backward(
-        inner @ block.fc_weight, shared.middle[:, None], shared.middle_spread[:, None], block.norm_2
+        linear(inner, block.fc_weight.T), shared.middle[:, None], shared.middle_spread[:, None], block.norm_2
     )
     shortcut = torch.addcmul(centred[:, :, None], share, shared.unit[:, None], value=-1)
     return back.add_(shortcut.div_(shared.spread[:, None]))
@@ -266,7 +267,7 @@ def _attention_backward(
     """
     trace = shared.trace
     attention = trace.attention[:, :, 1:]
-    grads = (back @ block.out_weight).reshape(*back.shape[:3], block.heads, -1).permute(0, 3, 2, 1, 4)
+    grads = linear(back, block.out_weight.T).reshape(*back.shape[:3], block.heads, -1).permute(0, 3, 2, 1, 4)
     radial = (grads * trace.mixed[:, :, 1:, None]).sum(-1, keepdim=True)
     received = attention.mT @ torch.cat([grads, radial], -1).flatten(3)
     received = received.reshape(*received.shape[:3], back.shape[1], -1)

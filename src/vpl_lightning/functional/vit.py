@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from vpl_lightning.functional.linear import linear
+
 Activation = Literal["quick_gelu", "gelu"]
 
 QUICK_GELU_SLOPE = 1.702
@@ -125,8 +127,8 @@ def merge_heads(x: Float[Tensor, "B G T d"]) -> Float[Tensor, "B T V"]:
 
 def mlp(x: Float[Tensor, "B T V"], block: BlockWeights) -> Float[Tensor, "B T V"]:
     """Feed-forward half of a block, without its normalisation and residual."""
-    hidden = activate(F.linear(x, block.fc_weight, block.fc_bias), block.activation)
-    return F.linear(hidden, block.proj_weight, block.proj_bias)
+    hidden = activate(linear(x, block.fc_weight, block.fc_bias), block.activation)
+    return linear(hidden, block.proj_weight, block.proj_bias)
 
 
 def trace_block(
@@ -144,13 +146,13 @@ def trace_block(
         normed = layer_norm(inputs, block.norm_1)
     query, key, value = (
         split_heads(part, block.heads)
-        for part in F.linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
+        for part in linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
     )
     attention = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1)
     mixed = attention @ value
-    middle = inputs + F.linear(merge_heads(mixed), block.out_weight, block.out_bias)
-    hidden = F.linear(layer_norm(middle, block.norm_2), block.fc_weight, block.fc_bias)
-    outputs = middle + F.linear(activate(hidden, block.activation), block.proj_weight, block.proj_bias)
+    middle = inputs + linear(merge_heads(mixed), block.out_weight, block.out_bias)
+    hidden = linear(layer_norm(middle, block.norm_2), block.fc_weight, block.fc_bias)
+    outputs = middle + linear(activate(hidden, block.activation), block.proj_weight, block.proj_bias)
     return BlockTrace(inputs, normed, query, key, value, attention, mixed, middle, hidden, outputs)
 
 
@@ -179,24 +181,26 @@ def forward_block_with_attention(
     """
     query, key, value = _heads(inputs, block)
     scale = query.shape[-1] ** -0.5
-    total = inputs.new_zeros(inputs.shape[0], inputs.shape[1], inputs.shape[1], dtype=torch.float32)
-    mixed = torch.empty_like(value)
+    shape = (inputs.shape[0], inputs.shape[1], inputs.shape[1])
+    scores, mixed = query.new_empty(shape), torch.empty_like(value)
+    attention = torch.empty(shape, device=inputs.device)
+    total = torch.zeros_like(attention)
     for head in range(block.heads):
-        scores = query[:, head] * scale @ key[:, head].transpose(-2, -1)
-        attention = scores.softmax(-1, dtype=torch.float32)
+        torch.bmm(query[:, head] * scale, key[:, head].mT, out=scores)
+        torch.softmax(scores, -1, dtype=torch.float32, out=attention)
         total += attention
-        mixed[:, head] = attention.to(value.dtype) @ value[:, head]
+        torch.bmm(attention.to(value.dtype), value[:, head], out=mixed[:, head])
     return _finish(inputs, mixed, block), total / block.heads
 
 
 def _heads(inputs: Tensor, block: BlockWeights) -> list[Tensor]:
     normed = layer_norm(inputs, block.norm_1).to(block.in_weight.dtype)
-    parts = F.linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
+    parts = linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
     return [split_heads(part, block.heads) for part in parts]
 
 
 def _finish(inputs: Tensor, mixed: Tensor, block: BlockWeights) -> Tensor:
-    middle = inputs + F.linear(merge_heads(mixed), block.out_weight, block.out_bias)
+    middle = inputs + linear(merge_heads(mixed), block.out_weight, block.out_bias)
     return middle + mlp(layer_norm(middle, block.norm_2).to(block.fc_weight.dtype), block)
 
 
@@ -272,4 +276,4 @@ def dense_features(
 
 def value_path(trace: BlockTrace, block: BlockWeights) -> Float[Tensor, "B T V"]:
     """Attention output if every token attended to itself alone (MaskCLIP's reading of the last block)."""
-    return F.linear(merge_heads(trace.value), block.out_weight, block.out_bias)
+    return linear(merge_heads(trace.value), block.out_weight, block.out_bias)
