@@ -148,7 +148,11 @@ def trace_block(
         split_heads(part, block.heads)
         for part in linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
     )
-    attention = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1)
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    in_place = (
+        scores.device.type == "cpu" and not scores.requires_grad
+    )  # fresh memory costs a CPU more than the sums
+    attention = torch.softmax(scores, -1, out=scores) if in_place else scores.softmax(-1)
     mixed = attention @ value
     middle = inputs + linear(merge_heads(mixed), block.out_weight, block.out_bias)
     hidden = linear(layer_norm(middle, block.norm_2), block.fc_weight, block.fc_bias)
