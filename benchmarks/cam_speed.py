@@ -37,6 +37,7 @@ from module_forward import ModuleEncoder
 from vpl_baselines.clip_es import ClipES
 from vpl_baselines.clip_es.adapter import Gradient
 
+from vpl_lightning.cli.process import tune
 from vpl_lightning.clip import CLIPEncoder
 from vpl_lightning.clip.model import CLIP, TowerSize
 from vpl_lightning.structures import ImageArray
@@ -174,6 +175,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    tune()  # as vpl does
     options = arguments()
     torch.set_num_threads(options.threads)
     if options.memory:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -22,12 +21,12 @@ from typing import Any
 import torch
 from prototypes import command
 
-from vpl_lightning.cli.main import ENVIRONMENT
+from vpl_lightning.cli.process import tune
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", help="sections: maps, step, store, masks, refiners")
+    parser.add_argument("--only", nargs="+", help="sections: maps, step, store, masks, growth, refiners")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=int, default=40, help="photographs of the section masks")
@@ -68,12 +67,13 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    tune()  # as vpl does; OpenMP's part reaches the processes of the sections
     options = arguments()
     if options.section:
         print(json.dumps(run_section(options)))
         return
     words = [word for word in sys.argv[1:] if word != "--section"]
-    names = options.only or ["maps", "step", "store", "masks", "refiners"]
+    names = options.only or ["maps", "step", "store", "masks", "growth", "refiners"]
     report: dict[str, Any] = {
         "command": command(sys.argv),
         "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, "
@@ -82,8 +82,7 @@ def main() -> None:
     }
     for name in names:
         section = [sys.executable, __file__, *words, "--section", name]
-        environment = {**ENVIRONMENT, **os.environ}
-        done = subprocess.run(section, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        done = subprocess.run(section, check=True, stdout=subprocess.PIPE, text=True)
         report["sections"][name] = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: done", file=sys.stderr, flush=True)
     text = f"`{report['command']}`\n\n{report['machine']}; medians of {options.rounds} rounds\n\n{table(report)}\n"

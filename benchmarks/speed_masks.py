@@ -26,50 +26,55 @@ Photo = tuple[str, ImageArray, list[int]]
 
 
 def masks(options: argparse.Namespace) -> list[Row]:
-    """Time pseudo-masks as a stream, of a quarter, a half and all images, and as two passes in sequence.
+    """Time pseudo-masks as a stream and as two passes in sequence.
 
     Two passes run with the stream's own maps, and as CLIP-ES has them: torch's modules and a backward pass a
-    class, then half-precision maps at image size on the disk. A stream
-    starts its processes first, so that its growth is told by the differences. No schedule beats the processor
-    time of the two passes, spread evenly over the cores: the last line says what is left to gain. On a CPU the
-    stream also runs with the frozen blocks in bfloat16, which pays where the processor multiplies it.
+    class, then half-precision maps at image size on the disk. No schedule beats the processor time of the two
+    passes, spread evenly over the cores: the last line says what is left to gain. On a CPU the stream also
+    runs with the frozen blocks in bfloat16, which pays where the processor multiplies it.
     """
     photos = _photographs(options)
-    quarter, half, whole = (Job(_stream, len(photos) // share) for share in (4, 2, 1))
-    passes, released = Job(_two_passes, len(photos)), Job(_two_passes, len(photos), modules=True)
-    streams = [whole]
+    streams, passes = [Job(_stream)], [Job(_two_passes), Job(_two_passes, modules=True)]
     if options.device == "cpu":
-        streams.append(Job(_stream, len(photos), precision="bfloat16"))
-    jobs = [quarter, half, whole, passes, released, *streams[1:]]
-    generators: dict[tuple[str, bool], ClipES] = {}
-    costs: dict[Job, list[Cost]] = {job: [] for job in jobs}
+        streams.append(Job(_stream, precision="bfloat16"))
+    generators = {
+        job: cam_speed.generator(job.precision, options.device, modules=job.modules)
+        for job in (*streams, passes[1])
+    }
+    generators[passes[0]] = generators[streams[0]]
+    costs: dict[Job, list[Cost]] = {job: [] for job in (*streams, *passes)}
     for _ in range(options.rounds):
-        for job in jobs:
-            kind = (job.precision, job.modules)
-            if kind not in generators:
-                generators[kind] = cam_speed.generator(job.precision, options.device, modules=job.modules)
-            costs[job].append(_cost(job, generators[kind], photos, options.scratch))
-    seconds = {job: [cost.seconds for cost in costs[job]] for job in jobs}
-    rows = [
-        Row(
-            job.name,
-            median(seconds[job]) / job.images,
-            bytes_written=costs[job][0].bytes_written // job.images,
-            note=f"peak so far {costs[job][0].peak_bytes / 1e9:.2f} GB",
-        )
-        for job in jobs
-    ]
-    sizes = zip(seconds[quarter], seconds[half], seconds[whole], strict=True)
-    growth = median((four - two) / (two - one) for one, two, four in sizes)
-    rows.append(Row("half to all images", 0.0, growth, "a quarter to half"))
-    for job in (passes, released):
+        for job, own in costs.items():
+            own.append(_cost(job.work, generators[job], photos, options.scratch))
+    rows = [_row(job.name, own, len(photos)) for job, own in costs.items()]
+    seconds = {job: [cost.seconds for cost in own] for job, own in costs.items()}
+    for job in passes:
         for stream in streams:
             rows.append(Row(job.name, 0.0, ratio_of(seconds[job], seconds[stream]), stream.name))
     if options.device == "cpu":
-        least = [cost.processor / options.threads for cost in costs[passes]]
-        rows.append(
-            Row(whole.name, 0.0, ratio_of(seconds[whole], least), "two passes' processor time over the cores")
-        )
+        least = [cost.processor / options.threads for cost in costs[passes[0]]]
+        case = "two passes' processor time over the cores"
+        rows.append(Row(streams[0].name, 0.0, ratio_of(seconds[streams[0]], least), case))
+    return rows
+
+
+def growth(options: argparse.Namespace) -> list[Row]:
+    """Time the stream on a quarter of the photographs, then on the same twice and four times."""
+    photos = _photographs(options)[: options.images // 4]
+    generator = cam_speed.generator("float32", options.device)
+    costs: dict[int, list[Cost]] = {1: [], 2: [], 4: []}
+    _cost(_stream, generator, photos, options.scratch)  # memory of a process that has warmed up
+    for _ in range(options.rounds):
+        for times, own in costs.items():
+            more = [(f"{turn}-{name}", *rest) for turn in range(times) for name, *rest in photos]
+            own.append(_cost(_stream, generator, more, options.scratch))
+    rows = [
+        _row(f"stream, {times * len(photos)} images", own, times * len(photos))
+        for times, own in costs.items()
+    ]
+    for times, twice in ((1, 2), (2, 4)):
+        ratio = ratio_of([cost.seconds for cost in costs[twice]], [cost.seconds for cost in costs[times]])
+        rows.append(Row(f"{twice * len(photos)} images", 0.0, ratio, f"{times * len(photos)} images"))
     return rows
 
 
@@ -90,18 +95,16 @@ def refiners(options: argparse.Namespace) -> list[Row]:
 
 @dataclass(frozen=True)
 class Job:
-    """A way to make pseudo-masks of the first photographs."""
+    """A way to make pseudo-masks."""
 
     work: Callable[[ClipES, Sequence[Photo], Path], None]
-    images: int
     modules: bool = False
     precision: str = "float32"
 
     @property
     def name(self) -> str:
         """Name in the table."""
-        name = f"{self.work.__name__.strip('_').replace('_', ' ')}, {self.images} images"
-        name += " as CLIP-ES" if self.modules else ""
+        name = self.work.__name__.strip("_").replace("_", " ") + (" as CLIP-ES" if self.modules else "")
         return name + (f", {self.precision}" if self.precision != "float32" else "")
 
 
@@ -116,13 +119,27 @@ class Cost(NamedTuple):
     """Of this process so far."""
 
 
-def _cost(job: Job, generator: ClipES, photos: Sequence[Photo], scratch: str | None) -> Cost:
+def _cost(
+    work: Callable[[ClipES, Sequence[Photo], Path], None],
+    generator: ClipES,
+    photos: Sequence[Photo],
+    scratch: str | None,
+) -> Cost:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         begun, spent = time.perf_counter(), time.process_time()
-        job.work(generator, photos[: job.images], Path(folder))
+        work(generator, photos, Path(folder))
         seconds, spent = time.perf_counter() - begun, time.process_time() - spent
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     return Cost(seconds, spent, size, cam_speed.peak_bytes())
+
+
+def _row(name: str, costs: Sequence[Cost], images: int) -> Row:
+    return Row(
+        name,
+        median(cost.seconds for cost in costs) / images,
+        bytes_written=costs[0].bytes_written // images,
+        note=f"peak so far {costs[0].peak_bytes / 1e9:.2f} GB",
+    )
 
 
 def _two_passes(generator: ClipES, photos: Sequence[Photo], folder: Path) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 
 import cam_speed
 import torch
-from speed_masks import masks, refiners
+from speed_masks import growth, masks, refiners
 from speed_timing import Row, interleaved, ratio_of
 
 from vpl_lightning.functional.columns import Columns
@@ -104,6 +104,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "step": step,
     "store": store,
     "masks": masks,
+    "growth": growth,
     "refiners": refiners,
 }
 

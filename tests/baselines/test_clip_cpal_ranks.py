@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
 from torch import distributed, multiprocessing
 
+from tests.trainers import trainer
 from vpl_lightning.artifacts import read_maps, read_prototypes
 from vpl_lightning.data import ShapesDataModule
 from vpl_lightning.functional.recipe import PrototypeRecipe, SolverConfig
@@ -72,22 +72,10 @@ def run(root: Path, rank: int = 0, **ranks: object) -> None:
         block_size=4,
         batch_size=3,
     )
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        inference_mode=False,
-        **{"devices": 1, **ranks},
-    )
+    run = trainer(root, max_epochs=1, **ranks)
     data = ShapesDataModule(train_images=22, val_images=1, test_images=1)
-    trainer.fit(module, datamodule=data)
-    trainer.predict(module, datamodule=data, return_predictions=False)
+    run.fit(module, datamodule=data)
+    run.predict(module, datamodule=data, return_predictions=False)
     torch.save(module.generator.bank_state(), root / f"held-{rank}.pt")
 
 

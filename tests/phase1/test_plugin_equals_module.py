@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 
+from tests.trainers import trainer
 from vpl_lightning import VPLPlugin
 from vpl_lightning.data import ShapesDataModule
 from vpl_lightning.functional.recipe import PrototypeRecipe, SolverConfig
@@ -27,18 +27,7 @@ RECIPES = {
 def test_prototypes_are_equal(tmp_path: Path, recipe: PrototypeRecipe) -> None:
     data = ShapesDataModule(train_images=6)
     module = VisionPrototypeModule(encoder=EncoderSpec(), recipe=recipe, block_size=4)
-    trainer = lightning.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, datamodule=data)
+    trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
 
     generator, images = module.generator, data.localisation_dataset("train")
     count = len(generator.classes.foreground)

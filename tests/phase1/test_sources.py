@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
 from tests.phase1.conftest import make_objective
+from tests.trainers import trainer
 from vpl_lightning import VPLPlugin
 from vpl_lightning.artifacts import read_prototypes
 from vpl_lightning.clip import CLIPEncoder
@@ -36,17 +36,8 @@ def fit(
     recipe: PrototypeRecipe, root: Path, templates: str | tuple[str, ...] = "single"
 ) -> VisionPrototypeModule:
     module = VisionPrototypeModule(recipe=recipe, generator=GeneratorSpec(templates=templates), batch_size=8)
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, datamodule=ShapesDataModule(train_images=8, val_images=1, test_images=1))
+    data = ShapesDataModule(train_images=8, val_images=1, test_images=1)
+    trainer(root, max_epochs=1).fit(module, datamodule=data)
     return module
 
 

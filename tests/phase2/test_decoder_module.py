@@ -15,7 +15,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.models import tiny_clip
-from tests.phase2.standin import CLASSES, FAST, PLAIN, SMALL, SquaresDataModule, StandIn, module, trainer
+from tests.phase2.standin import CLASSES, FAST, PLAIN, SMALL, SquaresDataModule, StandIn, module
+from tests.trainers import trainer
 from vpl_lightning.artifacts import Manifest, read_mask, write_mask
 from vpl_lightning.clip import CLIPEncoder
 from vpl_lightning.errors import ConfigurationError, DataError

@@ -16,7 +16,8 @@ from torch import Tensor, distributed, multiprocessing
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.phase2.standin import PLAIN, SquaresDataModule, StandIn, module, trainer
+from tests.phase2.standin import PLAIN, SquaresDataModule, StandIn, module
+from tests.trainers import trainer
 from vpl_lightning.decoder import DecoderOutput
 from vpl_lightning.tasks import PredictionSpec
 from vpl_lightning.tasks.gather import gather_list, gather_rows

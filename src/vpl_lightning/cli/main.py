@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +20,6 @@ TOOL_COMMANDS = {
     "baselines": "the registered CAM generators",
 }
 WRONG_USE, FAILED = 2, 1
-
-ENVIRONMENT = {
-    # Threads that wait should sleep: spinning, they slow each other down several times on cores that others use too.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # Temporary arrays in pages of 2 MB: an image's would be tens of thousands of 4 kB, each paid for at first touch.
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
-"""What torch should find in the environment; a user's own values go first."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -65,8 +56,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str], *, given: bool) -> int:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    from vpl_lightning.cli.process import tune
+
+    tune()
     if words[0] in TRAINER_COMMANDS:
         sys.path.append(str(Path.cwd()))  # classes and factories that a configuration names may lie here
         from vpl_lightning.cli.lightning import run_trainer

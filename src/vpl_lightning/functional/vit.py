@@ -109,8 +109,9 @@ def activate(x: Float[Tensor, "*B V"], activation: Activation) -> Float[Tensor, 
 def activation_slope(x: Float[Tensor, "*B V"], activation: Activation) -> Float[Tensor, "*B V"]:
     """Derivative of :func:`activate`."""
     if activation == "quick_gelu":
-        gate: Tensor = torch.sigmoid(QUICK_GELU_SLOPE * x)
-        return torch.addcmul(gate, gate * (1 - gate), x, value=QUICK_GELU_SLOPE)
+        scaled = QUICK_GELU_SLOPE * x
+        gate: Tensor = torch.sigmoid(scaled)
+        return gate.addcmul(gate, scaled.addcmul(scaled, gate, value=-1))
     cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
     return cdf + x * torch.exp(-0.5 * x * x) * math.sqrt(0.5 / math.pi)
 
