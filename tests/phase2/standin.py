@@ -22,6 +22,8 @@ from vpl_lightning.tasks import (
     SegmentationTask,
 )
 
+LAST = "decoder/checkpoints/last.ckpt"
+"""In a run folder."""
 COLOURS = ((220, 30, 30), (30, 200, 40), (40, 60, 230))
 CLASSES = ClassSet(
     name="squares",

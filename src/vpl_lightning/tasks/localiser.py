@@ -242,9 +242,9 @@ class Localiser(SegmentationTask):
 
     def _log_scores(self, split: str) -> None:
         self.score_table = self.comparison.table(self.generator.text_prototypes, self.prototypes)
-        self.log(f"{split}_miou", self.score_table["vision"]["refined"], prog_bar=True)
+        self.log(f"{split}_miou", self.score_table["vision"]["refined"], prog_bar=True, sync_dist=True)
         for kind, row in self.score_table.items():
-            self.log_dict({f"{split}_{kind}_{key}": value for key, value in row.items()})
+            self.log_dict({f"{split}_{kind}_{key}": value for key, value in row.items()}, sync_dist=True)
 
     # Pseudo-masks.
 
