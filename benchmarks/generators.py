@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from command_line import command
 from jsonargparse import ArgumentParser
-from prototypes import Row, Table, command, fit, machine, score, summary
+from prototypes import Row, Table, fit, machine, score, summary
 
 from vpl_lightning.data import SegmentationDataModule, ShapesDataModule
 from vpl_lightning.specs import EncoderSpec

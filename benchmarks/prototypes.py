@@ -31,6 +31,7 @@ from typing import Any
 
 import lightning
 import torch
+from command_line import command
 from jaxtyping import Float
 from torch import Tensor
 from train_photo_clip import CLASSES
@@ -178,13 +179,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "lightning": lightning.__version__,
     }
-
-
-def command(arguments: Sequence[str]) -> str:
-    """Return the command line, absolute paths cut to their last part."""
-    script, *rest = arguments
-    named = [Path(one).name if Path(one).is_absolute() else one for one in rest]
-    return " ".join(["python", f"benchmarks/{Path(script).name}", *named])
 
 
 def parse(description: str, *, recipe: bool = False) -> argparse.Namespace:

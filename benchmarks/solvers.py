@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from command_line import command
 from jaxtyping import Float
-from prototypes import capped, command, fit, machine, parse, sources
+from prototypes import capped, fit, machine, parse, sources
 from torch import Tensor
 from torch.nn import functional as F
 

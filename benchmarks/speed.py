@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prototypes import command
+from command_line import command
 
 from vpl_lightning.cli.process import tune
 

@@ -72,10 +72,10 @@ def run(root: Path, rank: int = 0, **ranks: object) -> None:
         block_size=4,
         batch_size=3,
     )
-    run = trainer(root, max_epochs=1, **ranks)
+    silent = trainer(root, max_epochs=1, **ranks)
     data = ShapesDataModule(train_images=22, val_images=1, test_images=1)
-    run.fit(module, datamodule=data)
-    run.predict(module, datamodule=data, return_predictions=False)
+    silent.fit(module, datamodule=data)
+    silent.predict(module, datamodule=data, return_predictions=False)
     torch.save(module.generator.bank_state(), root / f"held-{rank}.pt")
 
 

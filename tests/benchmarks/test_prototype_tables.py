@@ -12,6 +12,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import prototypes
+from command_line import command
 
 
 def test_the_summary_counts_wins_in_the_direction_that_is_better():
@@ -25,7 +26,7 @@ def test_the_summary_counts_wins_in_the_direction_that_is_better():
 
 def test_the_command_holds_no_folders():
     arguments = ["/somewhere/prototypes.py", "photos", "--root", "/data/VOC2012", "--pixels", "9"]
-    assert prototypes.command(arguments) == "python benchmarks/prototypes.py photos --root VOC2012 --pixels 9"
+    assert command(arguments) == "python benchmarks/prototypes.py photos --root VOC2012 --pixels 9"
 
 
 def test_presets_differ_in_the_cap_alone():

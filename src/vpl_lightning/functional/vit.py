@@ -150,9 +150,8 @@ def trace_block(
         for part in linear(normed, block.in_weight, block.in_bias).chunk(3, dim=-1)
     )
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
-    in_place = (
-        scores.device.type == "cpu" and not scores.requires_grad
-    )  # fresh memory costs a CPU more than the sums
+    # Fresh memory costs a CPU more than the sums.
+    in_place = scores.device.type == "cpu" and not scores.requires_grad
     attention = torch.softmax(scores, -1, out=scores) if in_place else scores.softmax(-1)
     mixed = attention @ value
     middle = inputs + linear(merge_heads(mixed), block.out_weight, block.out_bias)
